@@ -1,0 +1,104 @@
+"""Relative path <-> object name, and the refusal of every name that could leave the root.
+
+Rules kept here:
+ * a path is relative, POSIX, UTF-8, without empty, ``.`` or ``..`` components or NUL; a backslash is an ordinary
+   character (systemd's escaped unit names have them), never a separator;
+ * the top-level name ``.syncd`` is ours on every host and is never distributed in either direction;
+ * a name that would not fit the server's control line is refused before it reaches the connection, because
+   nats-server closes such a connection for good (nats-py 2.16, nats-server 2.15).
+"""
+
+from __future__ import annotations
+
+import base64
+import unicodedata
+
+from syncd.errors import BadName
+
+PRIVATE_DIR = ".syncd"
+MAX_COMPONENT_BYTES = 255
+MAX_PATH_BYTES = 2800
+"""base64 makes 3736 bytes of it; with subject prefix and reply inbox that stays below the control line of 4096."""
+
+
+def check_path(name: str) -> str:
+    """Return ``name`` unchanged if it is safe as a path below a root.
+
+    :raises BadName: with the reason, for every name that FAULTS class P lists.
+    """
+    if not name:
+        raise BadName("empty name")
+    try:
+        raw = name.encode()
+    except UnicodeEncodeError:
+        raise BadName("name is not valid UTF-8") from None
+    if len(raw) > MAX_PATH_BYTES:
+        raise BadName(f"path of {len(raw)} bytes is longer than {MAX_PATH_BYTES}")
+    if "\0" in name:
+        raise BadName("name holds a NUL byte")
+    if name.startswith("/"):
+        raise BadName("name is absolute")
+    parts = name.split("/")
+    for part in parts:
+        if part == "":
+            raise BadName("name has an empty component")
+        if part in {".", ".."}:
+            raise BadName(f"name has a {part!r} component")
+        if len(part.encode()) > MAX_COMPONENT_BYTES:
+            raise BadName(f"a component is longer than {MAX_COMPONENT_BYTES} bytes")
+    if parts[0] == PRIVATE_DIR:
+        raise BadName(f"{PRIVATE_DIR!r} is reserved for syncd's own files")
+    return name
+
+
+def is_private(name: str) -> bool:
+    """Tell whether a relative path is one of syncd's own files."""
+    return name == PRIVATE_DIR or name.startswith(PRIVATE_DIR + "/")
+
+
+def parent(name: str) -> str:
+    """Return the path of the directory that holds ``name``; "" is the root."""
+    return name.rpartition("/")[0]
+
+
+def ancestors(name: str) -> list[str]:
+    """Return all proper ancestors, outermost first, without the root: ``a/b/c`` -> ``["a", "a/b"]``."""
+    parts = name.split("/")[:-1]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def sort_key(name: str) -> bytes:
+    """Return bytes that order paths component by component, so that a directory's children follow it at once.
+
+    Reversible by :func:`from_sort_key`, since a path never holds NUL.
+    """
+    return name.encode().replace(b"/", b"\0")
+
+
+def from_sort_key(key: bytes) -> str:
+    """Invert :func:`sort_key`."""
+    return key.replace(b"\0", b"/").decode()
+
+
+def subject_token(name: str) -> str:
+    """Return the last token of an object's metadata subject: padded base64url of the UTF-8 name (ADR-20)."""
+    return base64.urlsafe_b64encode(name.encode()).decode()
+
+
+def printable(name: str | bytes) -> str:
+    """Return a name that is safe in a terminal, a log line and a metric label.
+
+    Control characters, line separators, bidirectional marks, surrogates and undecodable bytes become
+    ``\\xNN``/``\\uNNNN`` escapes; everything else stays as it is.
+    """
+    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
+    out = []
+    for char in text:
+        code = ord(char)
+        if 0xDC80 <= code <= 0xDCFF:
+            out.append(f"\\x{code - 0xDC00:02x}")
+        elif unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn"}:
+            out.append(f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
+        else:
+            out.append(char)
+    return "".join(out)
