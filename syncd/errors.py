@@ -99,6 +99,10 @@ class WriteConflict(SyncdError):
     transient = True
 
 
+class FolderTaken(SyncdError):
+    """Another publisher distributes this folder; one of the two must stop."""
+
+
 class ObjectGone(SyncdError):
     """An object, or its chunks, vanished or were replaced while being read: read the metadata again."""
 

@@ -77,7 +77,8 @@ class Stat:
 class Problem:
     """One path's failure, for the log and ``syncd status``; the rest of the folder goes on.
 
-    :ivar path: relative POSIX path, printable (see :func:`syncd.paths.printable`); "" for the whole folder.
+    :ivar path: relative POSIX path as it is on disk or in the bucket (undecodable bytes as surrogates); whoever shows
+        it passes it through :func:`syncd.paths.printable`; "" for the whole folder.
     :ivar code: a stable snake_case word, for example ``unreadable``.
     :ivar text: one line for a person.
     """

@@ -51,6 +51,15 @@ def check_path(name: str) -> str:
     return name
 
 
+def is_usable(name: str) -> bool:
+    """Tell whether :func:`check_path` accepts a name."""
+    try:
+        check_path(name)
+    except BadName:
+        return False
+    return True
+
+
 def is_private(name: str) -> bool:
     """Tell whether a relative path is one of syncd's own files."""
     return name == PRIVATE_DIR or name.startswith(PRIVATE_DIR + "/")

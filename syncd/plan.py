@@ -53,7 +53,9 @@ def publish_halt(deletes: int, published: int, max_delete_percent: float) -> str
         return f"would delete all {published} published paths"
     percent = 100 * deletes / published
     if percent > max_delete_percent:
-        return f"would delete {deletes} of {published} published paths ({percent:.0f} %, limit {max_delete_percent:g} %)"
+        return (
+            f"would delete {deletes} of {published} published paths ({percent:.0f} %, limit {max_delete_percent:g} %)"
+        )
     return ""
 
 
@@ -160,13 +162,21 @@ class Difference:
 def plan_mirror(differences: Iterable[Difference], dirs: Sequence[DirMeta]) -> MirrorPlan:
     """Order the actions of one batch.
 
-    :param differences: in any order, at most one per path.
+    A file and a symlink replace one another by one rename; whatever else changes its kind is cleared away first, and
+    so is a file or symlink that is gone upstream where a path below it is wanted (a directory that no object
+    describes took its place). A path below one that is wanted as a file or symlink keeps its step and will fail
+    there, so that somebody is told; no directory is made for it.
+
+    :param differences: in any order, at most one per path. ``staged`` is set wherever ``want`` has content that is
+        not in place.
     :param dirs: for every directory that the target has and whose children may change (parents of all paths of
         ``differences``): the mode and time it must have at the end.
     """
     rows = sorted(differences, key=lambda row: sort_key(row.path))
+    leaves = {row.path for row in rows if row.want is not None and row.want.kind is not Kind.DIR}
+    needed = {above for row in rows if row.want is not None for above in ancestors(row.path)} - leaves
     clear: list[Remove] = []
-    make_dirs: dict[str, MakeDir] = {}
+    make_dirs = {path: MakeDir(path) for path in needed}
     place: list[Place] = []
     set_meta: list[SetMeta] = []
     remove: list[Remove] = []
@@ -174,24 +184,24 @@ def plan_mirror(differences: Iterable[Difference], dirs: Sequence[DirMeta]) -> M
     replaced_dirs: set[str] = set()
     for row in rows:
         have, want = row.have, row.want
-        if have is not None and want is not None and have.kind is not want.kind:
+        if want is None:
+            if row.path not in needed:
+                metas.pop(row.path, None)
+            if have is None or (have.kind is Kind.DIR and row.path in needed):
+                continue
+            in_the_way = row.path in needed or any(above in replaced_dirs for above in ancestors(row.path))
+            (clear if in_the_way else remove).append(Remove(row.path, have.kind, row.stat))
+            continue
+        if have is not None and have.kind is not want.kind and Kind.DIR in {have.kind, want.kind}:
             clear.append(Remove(row.path, have.kind, row.stat))
             if have.kind is Kind.DIR:
                 replaced_dirs.add(row.path)
-        if want is None:
-            if have is not None:
-                below_replaced = any(above in replaced_dirs for above in ancestors(row.path))
-                (clear if below_replaced else remove).append(Remove(row.path, have.kind, row.stat))
-                metas.pop(row.path, None)
-            continue
-        for above in ancestors(row.path):
-            make_dirs.setdefault(above, MakeDir(above))
         if want.kind is Kind.DIR:
-            make_dirs.setdefault(row.path, MakeDir(row.path))
+            make_dirs[row.path] = MakeDir(row.path)
             metas[row.path] = DirMeta(row.path, want.mode, want.mtime_ns)
         elif row.staged:
-            same_kind = have is not None and have.kind is want.kind
-            place.append(Place(row.path, want, row.staged, row.stat if same_kind else None))
+            in_place = have is not None and have.kind is not Kind.DIR
+            place.append(Place(row.path, want, row.staged, row.stat if in_place else None))
         else:
             set_meta.append(SetMeta(row.path, want, row.stat))
     return MirrorPlan(

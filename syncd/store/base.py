@@ -318,7 +318,9 @@ class Bucket(Protocol):
         """
         ...
 
-    def download_many(self, infos: Sequence[ObjectInfo]) -> AsyncIterator[tuple[ObjectInfo, bytes | Exception]]:
+    def download_many(
+        self, infos: Sequence[ObjectInfo]
+    ) -> AsyncIterator[tuple[ObjectInfo, bytes | Exception]]:
         """Fetch many objects of at most one chunk each; yields in any order, each exactly once.
 
         Data is verified as in :meth:`download`; a failure is yielded in place of the data.

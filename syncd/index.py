@@ -1,0 +1,866 @@
+"""The index: what was last agreed per path, in one SQLite file per role and folder.
+
+Rules kept here:
+ * the index is a cache. What it loses costs a scan and a listing, never data; so a file that cannot be
+   trusted is set aside and a new one begun, and no caller has to repair anything;
+ * everything is blocking and belongs to one thread at a time. The file is locked exclusively: two
+   processes on one state is an error (:class:`syncd.errors.Locked`), not a race;
+ * paths are stored as :func:`syncd.paths.sort_key` bytes, which SQLite compares with memcmp. Component
+   order is therefore key order, a subtree is one range of keys, and no directory column is needed;
+ * memory is bounded whatever the number of rows: iterators read keyset pages, so the caller may write
+   between rows;
+ * every failure of the disk or the file is a :class:`syncd.errors.DiskProblem`; a statement that fails
+   inside a transaction dooms that transaction, even where the caller swallows the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sqlite3
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from syncd.errors import DiskProblem, Locked
+from syncd.model import Entry, Kind, Stat
+from syncd.paths import ancestors, from_sort_key, parent, sort_key
+from syncd.store.base import Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+log = structlog.get_logger()
+
+SCHEMA_VERSION = 1
+KEPT_BROKEN = 3
+"""How many files that could not be used are kept for a look."""
+
+_APPLICATION_ID = 0x73796E64  # "synd": tells our files from other SQLite databases
+_PAGE = 1000
+_CHUNK = 500  # values bound to one statement; SQLite before 3.32 allows 999
+_CACHE_KIB = 8 * 1024
+_WAL_LIMIT_BYTES = 32 * 1024 * 1024
+_FOREVER = b"\xff"  # above every key: UTF-8 never holds this byte
+
+_SCHEMA = """
+CREATE TABLE note(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE local(
+  key BLOB PRIMARY KEY, kind INTEGER NOT NULL, mode INTEGER NOT NULL, mtime INTEGER NOT NULL,
+  size INTEGER NOT NULL, digest NOT NULL, sha256 NOT NULL, target TEXT NOT NULL,
+  st_size INTEGER NOT NULL, st_mtime INTEGER NOT NULL, st_ctime INTEGER NOT NULL,
+  st_ino INTEGER NOT NULL, st_dev INTEGER NOT NULL,
+  hashed INTEGER NOT NULL, problem TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX local_digest ON local(digest) WHERE digest <> '';
+CREATE INDEX local_sha256 ON local(sha256) WHERE sha256 <> '';
+CREATE INDEX local_problem ON local(problem) WHERE problem <> '';
+CREATE TABLE remote(
+  key BLOB PRIMARY KEY, kind INTEGER NOT NULL, mode INTEGER NOT NULL, mtime INTEGER NOT NULL,
+  size INTEGER NOT NULL, digest NOT NULL, sha256 NOT NULL, target TEXT NOT NULL,
+  bucket TEXT NOT NULL, name TEXT NOT NULL, nuid TEXT NOT NULL, chunks INTEGER NOT NULL,
+  chunk_size INTEGER NOT NULL, seq INTEGER NOT NULL,
+  publisher TEXT NOT NULL, via TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX remote_digest ON remote(digest) WHERE digest <> '';
+CREATE INDEX remote_nuid ON remote(nuid) WHERE nuid <> '';
+CREATE INDEX remote_via ON remote(via) WHERE via <> '';
+CREATE TABLE garbage(
+  nuid TEXT PRIMARY KEY, since REAL NOT NULL, known INTEGER NOT NULL, chunks INTEGER NOT NULL,
+  size INTEGER NOT NULL, digest NOT NULL, sha256 NOT NULL, chunk_size INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX garbage_since ON garbage(since);
+CREATE INDEX garbage_digest ON garbage(digest) WHERE known;
+"""
+
+# Marks of running scans live in a temporary table: a scan that finds nothing changed writes nothing to
+# the index.
+_TEMP_SCHEMA = """
+CREATE TEMP TABLE seen(key BLOB PRIMARY KEY, scan INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TEMP TABLE listed(key BLOB PRIMARY KEY) WITHOUT ROWID;
+"""
+
+_ENTRY = ("key", "kind", "mode", "mtime", "size", "digest", "sha256", "target")
+_LOCAL = (*_ENTRY, "st_size", "st_mtime", "st_ctime", "st_ino", "st_dev", "hashed", "problem")
+_REMOTE = (*_ENTRY, "bucket", "name", "nuid", "chunks", "chunk_size", "seq", "publisher", "via")
+
+
+def _columns(names: Sequence[str], table: str = "") -> str:
+    return ", ".join(f"{table}.{name}" if table else name for name in names)
+
+
+_PUT_LOCAL = f"INSERT OR REPLACE INTO local VALUES ({', '.join('?' * len(_LOCAL))})"  # noqa: S608
+_PUT_REMOTE = (
+    f"INSERT INTO remote VALUES ({', '.join('?' * len(_REMOTE))}) ON CONFLICT(key) DO UPDATE SET "  # noqa: S608
+    + ", ".join(f"{name} = excluded.{name}" for name in _REMOTE[1:])
+    # Sequences of two buckets, or of two ways to the same path, cannot be compared.
+    + " WHERE excluded.seq >= remote.seq OR excluded.via <> remote.via OR excluded.bucket <> remote.bucket"
+)
+_MARK = (
+    "INSERT INTO temp.seen VALUES (?, ?) "
+    "ON CONFLICT(key) DO UPDATE SET scan = excluded.scan WHERE excluded.scan > seen.scan"
+)
+
+# Entry.same() in SQL: kinds are those of _KINDS, digests are "" where unknown.
+_SAME = """(l.kind = r.kind AND l.mtime = r.mtime AND (l.kind = 2 OR l.mode = r.mode) AND CASE l.kind
+  WHEN 1 THEN 1 WHEN 2 THEN l.target = r.target
+  ELSE l.size = r.size AND CASE WHEN l.digest <> '' AND r.digest <> '' THEN l.digest = r.digest
+                                ELSE l.sha256 <> '' AND l.sha256 = r.sha256 END END)"""
+_BOTH = f"{_columns(_LOCAL, 'l')}, {_columns(_REMOTE, 'r')}"
+_DIFF_PAGE = f"""
+SELECT * FROM (
+  SELECT l.key AS at, {_BOTH} FROM local l LEFT JOIN remote r ON r.key = l.key
+    WHERE l.key > ?1 AND l.problem = '' AND (r.key IS NULL OR NOT {_SAME})
+  UNION ALL
+  SELECT r.key AS at, {_BOTH} FROM remote r LEFT JOIN local l ON l.key = r.key
+    WHERE r.key > ?1 AND l.key IS NULL
+) ORDER BY at LIMIT {_PAGE}"""  # noqa: S608
+_DIFF_SOME = f"""
+WITH want(key) AS (VALUES %s)
+SELECT want.key AS at, {_BOTH} FROM want
+  LEFT JOIN local l ON l.key = want.key LEFT JOIN remote r ON r.key = want.key
+  WHERE coalesce(l.problem, '') = '' AND CASE WHEN l.key IS NULL THEN r.key IS NOT NULL
+                                              ELSE r.key IS NULL OR NOT {_SAME} END"""  # noqa: S608
+
+_KINDS = (Kind.FILE, Kind.DIR, Kind.SYMLINK)
+_KIND_NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
+_DIGEST_CHARS = 64
+_SIGNED_64 = 1 << 63
+
+Row = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRow:
+    """One path on this host's disk as last read.
+
+    :ivar hashed_ns: wall clock, nanoseconds, when the content was read; 0: never. A file whose mtime
+        is not older is
+        "racy": it may have changed afterwards without a new time, so it is hashed again.
+    :ivar problem: non-empty: the path is there but could not be read, and ``entry`` may be stale or
+        zero. Neither it nor anything below it takes part in a diff, so it is neither published nor deleted.
+    """
+
+    path: str
+    entry: Entry
+    stat: Stat
+    hashed_ns: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRow:
+    """One path as a bucket announces it.
+
+    :ivar name: the object's name in ``bucket``; equals ``path`` unless a link brought it.
+    :ivar seq: stream sequence of the metadata message in ``bucket``.
+    :ivar publisher: the metadata ``syncd-publisher``; "" means that another client wrote it.
+    :ivar via: name of the link object that brought it, "" for none.
+    """
+
+    path: str
+    entry: Entry
+    bucket: str
+    name: str
+    nuid: str
+    chunks: int
+    chunk_size: int
+    seq: int
+    publisher: str = ""
+    via: str = ""
+
+
+def _pack(digest: str) -> bytes | str:
+    """Store a digest in half the bytes; what is not one (another client's metadata) is kept as it is."""
+    if len(digest) == _DIGEST_CHARS:
+        with contextlib.suppress(ValueError):
+            raw = bytes.fromhex(digest)
+            if raw.hex() == digest:
+                return raw
+    return digest
+
+
+def _unpack(value: bytes | str) -> str:
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def _signed(number: int) -> int:
+    """Fit an unsigned 64-bit inode or device number (overlayfs, NFS) into SQLite's signed integer."""
+    return number - 2 * _SIGNED_64 if number >= _SIGNED_64 else number
+
+
+def _unsigned(number: int) -> int:
+    return number + 2 * _SIGNED_64 if number < 0 else number
+
+
+def _entry_values(entry: Entry) -> Row:
+    return (
+        _KIND_NUMBER[entry.kind],
+        entry.mode,
+        entry.mtime_ns,
+        entry.size,
+        _pack(entry.digest),
+        _pack(entry.sha256),
+        entry.target,
+    )
+
+
+def _entry(row: Row) -> Entry:
+    return Entry(_KINDS[row[1]], row[2], row[3], row[4], _unpack(row[5]), _unpack(row[6]), row[7])
+
+
+def _local_values(row: LocalRow) -> Row:
+    stat = row.stat
+    return (
+        sort_key(row.path),
+        *_entry_values(row.entry),
+        stat.size,
+        stat.mtime_ns,
+        stat.ctime_ns,
+        _signed(stat.ino),
+        _signed(stat.dev),
+        row.hashed_ns,
+        row.problem,
+    )
+
+
+def _local(row: Row) -> LocalRow:
+    stat = Stat(row[8], row[9], row[10], _unsigned(row[11]), _unsigned(row[12]))
+    return LocalRow(from_sort_key(row[0]), _entry(row), stat, row[13], row[14])
+
+
+def _remote_values(row: RemoteRow) -> Row:
+    return (
+        sort_key(row.path),
+        *_entry_values(row.entry),
+        row.bucket,
+        row.name,
+        row.nuid,
+        row.chunks,
+        row.chunk_size,
+        row.seq,
+        row.publisher,
+        row.via,
+    )
+
+
+def _remote(row: Row) -> RemoteRow:
+    return RemoteRow(from_sort_key(row[0]), _entry(row), *row[8:])
+
+
+def _stored(row: Row) -> Stored:
+    nuid, chunks, size, digest, sha256, chunk_size = row
+    return Stored(nuid, chunks, size, _unpack(digest), _unpack(sha256), chunk_size)
+
+
+def _range(path: str) -> tuple[bytes, bytes]:
+    """Return first and end (exclusive) of the keys of a path and everything below it; "" for all."""
+    if not path:
+        return b"", _FOREVER
+    key = sort_key(path)
+    return key, key + b"\x01"  # below: key + NUL + ...; so the range also holds no sibling
+
+
+def _chunks(values: Iterable[Any]) -> Iterator[list[Any]]:
+    source = iter(values)
+    while chunk := list(islice(source, _CHUNK)):
+        yield chunk
+
+
+class Index:
+    """One index. ``None`` for the file keeps it in memory.
+
+    :ivar recovered: why the file found at opening was set aside, "" if it was not.
+    :ivar broken: True once the file was found damaged in use: it is set aside, every call raises, open
+        it anew.
+    :raises Locked: another process (or another Index of this one) has the file open.
+    :raises DiskProblem: the file can neither be opened nor set aside.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self.recovered = ""
+        self.broken = False
+        self._open_transaction = False
+        self._doomed: DiskProblem | None = None  # the first failure inside the open transaction
+        self._db = self._open()
+        try:
+            self._db.executescript(_TEMP_SCHEMA)
+            self._scan = self._first_scan = int(self.note("scan", "0"))
+        except sqlite3.Error as exc:
+            raise self._problem(exc) from exc
+
+    # -- opening, closing, failing ---------------------------------------------------------------------
+
+    def _open(self) -> sqlite3.Connection:
+        if self._file is None:
+            return _connect(":memory:")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.touch(mode=0o600)
+        except OSError as exc:
+            raise DiskProblem(f"cannot write the index {self._file}: {exc.strerror}") from exc
+        for attempt in (1, 2):
+            try:
+                return _connect(str(self._file))
+            except _UnusableError as exc:
+                if attempt > 1:
+                    raise DiskProblem(f"a fresh index {self._file} is damaged at once: {exc}") from exc
+                self.recovered = str(exc)
+                self._set_aside()
+            except sqlite3.Error as exc:
+                if _primary(exc) not in _DAMAGED or attempt > 1:
+                    raise self._problem(exc) from exc
+                self.recovered = str(exc)
+                self._set_aside()
+        raise AssertionError("unreachable")
+
+    def _set_aside(self) -> None:
+        """Rename the file to ``<name>.broken-<n>`` with the next free number; only the newest few stay."""
+        assert self._file is not None
+        file = self._file
+        pattern = re.compile(re.escape(file.name) + r"\.broken-(\d+)")
+        try:
+            numbers = sorted(
+                int(found[1]) for other in file.parent.iterdir() if (found := pattern.fullmatch(other.name))
+            )
+            aside = file.with_name(f"{file.name}.broken-{numbers[-1] + 1 if numbers else 1}")
+            file.replace(aside)
+            # A write-ahead log belongs to its file; left behind, SQLite would replay it into the new one.
+            for suffix in ("-wal", "-shm", "-journal"):
+                file.with_name(file.name + suffix).unlink(missing_ok=True)
+            for number in numbers[: len(numbers) + 1 - KEPT_BROKEN]:
+                file.with_name(f"{file.name}.broken-{number}").unlink(missing_ok=True)
+            file.touch(mode=0o600)
+        except OSError as exc:
+            raise DiskProblem(f"cannot set the damaged index {file} aside: {exc.strerror}") from exc
+        log.warning("index_set_aside", file=str(file), aside=aside.name, reason=self.recovered)
+
+    def close(self) -> None:
+        """Close the file; further calls are errors. Closing twice is allowed."""
+        with contextlib.suppress(
+            sqlite3.Error
+        ):  # the last checkpoint failed: the log is replayed at the next start
+            self._db.close()
+
+    def _problem(self, exc: sqlite3.Error) -> Exception:
+        """Turn SQLite's error into ours; what is a bug stays what it is."""
+        code = _primary(exc)
+        where = f"index {self._file}" if self._file else "index in memory"
+        if code in _DAMAGED:
+            if self._file is not None and not self.broken:
+                self.broken = True
+                self.recovered = str(exc)
+                self.close()
+                self._set_aside()
+            return self._doom(
+                DiskProblem(f"{where} was damaged and is set aside: {exc}", hint="it is built anew")
+            )
+        if self.broken:
+            return DiskProblem(f"{where} was damaged and is set aside", hint="open it anew")
+        if code in _BUSY:
+            return Locked(f"{where} is in use by another process", hint="stop the other syncd")
+        if code in _DISK:
+            return self._doom(
+                DiskProblem(f"{where}: {exc}", hint="check space, permissions and health of the disk")
+            )
+        return exc
+
+    def _doom(self, problem: DiskProblem) -> DiskProblem:
+        self._doomed = problem
+        return problem
+
+    # -- statements ------------------------------------------------------------------------------------
+
+    def _rows(self, sql: str, values: Iterable[object] = ()) -> list[Row]:
+        return self._execute(sql, tuple(values))
+
+    def _execute(self, sql: str, values: Row = ()) -> list[Row]:
+        self._check_transaction()
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as exc:
+            raise self._problem(exc) from exc
+
+    def _check_transaction(self) -> None:
+        # SQLite ends a transaction by itself after some errors (disk full among them). Statements that
+        # follow such an error would be committed alone, so they fail as the first one did, COMMIT included.
+        if self._open_transaction and self._doomed is not None:
+            raise self._doomed
+
+    def _row(self, sql: str, values: Iterable[object] = ()) -> Row | None:
+        rows = self._rows(sql, values)
+        return rows[0] if rows else None
+
+    def _count(self, sql: str, values: Iterable[object] = ()) -> int:
+        row = self._row(sql, values)
+        assert row is not None
+        return int(row[0])
+
+    def _run(self, sql: str, values: Iterable[object] = ()) -> None:
+        with self.transaction():
+            self._rows(sql, values)
+
+    def _many(self, sql: str, rows: Iterable[Iterable[object]]) -> None:
+        with self.transaction():
+            self._check_transaction()
+            try:
+                self._db.executemany(sql, (tuple(row) for row in rows))
+            except sqlite3.Error as exc:
+                raise self._problem(exc) from exc
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """One BEGIN IMMEDIATE..COMMIT; rolled back on any exception. A transaction inside another joins it.
+
+        :raises DiskProblem: the commit failed, or a statement inside failed and the error was swallowed.
+        """
+        if self._open_transaction:
+            yield
+            return
+        self._doomed = None
+        self._execute("BEGIN IMMEDIATE")
+        self._open_transaction = True
+        try:
+            yield
+            self._execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+            raise
+        finally:
+            self._open_transaction = False
+
+    def _pages(self, table: str, columns: Sequence[str], below: str) -> Iterator[Row]:
+        """Yield a subtree's rows in key order, a page at a time, so that the caller may write in between."""
+        after, end = _range(below)
+        compare = ">="
+        while True:
+            sql = (
+                f"SELECT {_columns(columns)} FROM {table} "  # noqa: S608
+                f"WHERE key {compare} ? AND key < ? ORDER BY key LIMIT {_PAGE}"
+            )
+            page = self._rows(sql, (after, end))
+            yield from page
+            if len(page) < _PAGE:
+                return
+            after, compare = page[-1][0], ">"
+
+    # -- notes -----------------------------------------------------------------------------------------
+
+    def note(self, key: str, default: str = "") -> str:
+        """Return a remembered value, ``default`` where there is none."""
+        row = self._row("SELECT value FROM note WHERE key = ?", (key,))
+        return str(row[0]) if row else default
+
+    def set_note(self, key: str, value: str) -> None:
+        """Remember a value."""
+        self._run("INSERT OR REPLACE INTO note VALUES (?, ?)", (key, value))
+
+    # -- local -----------------------------------------------------------------------------------------
+
+    def local(self, path: str) -> LocalRow | None:
+        """Return one path's row."""
+        row = self._row(f"SELECT {_columns(_LOCAL)} FROM local WHERE key = ?", (sort_key(path),))  # noqa: S608
+        return _local(row) if row else None
+
+    def put_local(self, rows: Iterable[LocalRow], *, scan: int = 0) -> None:
+        """Write rows over whatever is there, and mark them as seen.
+
+        :param scan: the scan that saw them; 0 for none: then they count as seen by every scan that is
+            running, since what was written after a scan began is not something the scan missed.
+        """
+        mark = scan or self._scan
+        with self.transaction():
+            source = iter(rows)
+            while values := [_local_values(row) for row in islice(source, _PAGE)]:
+                self._many(_PUT_LOCAL, values)
+                if mark > self._first_scan:
+                    self._many(_MARK, ((value[0], mark) for value in values))
+
+    def drop_local(self, paths: Iterable[str]) -> None:
+        """Remove these rows, and no others (nothing below them)."""
+        self._many("DELETE FROM local WHERE key = ?", ((sort_key(path),) for path in paths))
+
+    def drop_local_tree(self, path: str) -> None:
+        """Remove a path's row and everything below it; "" removes all."""
+        self._run("DELETE FROM local WHERE key >= ? AND key < ?", _range(path))
+
+    def local_children(self, path: str) -> dict[str, LocalRow]:
+        """Return a directory's direct children by base name, in component order; "" is the root.
+
+        Costs the children and one seek per child that has descendants, however many those are.
+        """
+        prefix = sort_key(path) + b"\0" if path else b""
+        end = prefix[:-1] + b"\x01" if path else _FOREVER
+        sql = f"SELECT {_columns(_LOCAL)} FROM local WHERE key >= ? AND key < ? ORDER BY key"  # noqa: S608
+        children: dict[str, LocalRow] = {}
+        start: bytes | None = prefix
+        skip = len(prefix)
+        try:
+            while start is not None:
+                cursor = self._db.execute(sql, (start, end))
+                start = None
+                for row in cursor:
+                    key: bytes = row[0]
+                    deeper = key.find(b"\0", skip)
+                    if deeper >= 0:  # jump over the rest of this child's subtree
+                        start = key[:deeper] + b"\x01"
+                        break
+                    children[key[skip:].decode()] = _local(row)
+                cursor.close()
+        except sqlite3.Error as exc:
+            raise self._problem(exc) from exc
+        return children
+
+    def iter_local(self, below: str = "") -> Iterator[LocalRow]:
+        """Yield the row of a path and all rows below it in component order; rows may be written meanwhile."""
+        return map(_local, self._pages("local", _LOCAL, below))
+
+    def count_local(self) -> int:
+        """Return the number of rows."""
+        return self._count("SELECT count(*) FROM local")
+
+    def local_bytes(self) -> int:
+        """Return the sum of the files' sizes, in bytes."""
+        return self._count("SELECT coalesce(sum(size), 0) FROM local WHERE kind = 0")
+
+    def next_scan(self) -> int:
+        """Begin a scan and return its number; numbers only grow, also across restarts."""
+        number = self._scan + 1
+        with self.transaction():
+            self.set_note("scan", str(number))
+            self._rows("DELETE FROM temp.seen WHERE scan < ?", (number - 8,))  # of scans that nobody finished
+        self._scan = number
+        return number
+
+    def mark_seen(self, paths: Iterable[str], scan: int) -> None:
+        """Say that a scan saw these paths as their rows have them. Marks live as long as this object."""
+        self._many(_MARK, ((sort_key(path), scan) for path in paths))
+
+    def mark_tree_seen(self, path: str, scan: int) -> None:
+        """Say that a scan must not touch a path and everything below it (it could not look)."""
+        first, end = _range(path)
+        self._run(
+            "INSERT INTO temp.seen SELECT key, ?1 FROM local WHERE key >= ?2 AND key < ?3 "
+            "ON CONFLICT(key) DO UPDATE SET scan = excluded.scan WHERE excluded.scan > seen.scan",
+            (scan, first, end),
+        )
+
+    def drop_unseen(self, scan: int, below: str = "") -> list[str]:
+        """Remove the rows of a path and everything below it that were not marked since ``scan`` began.
+
+        :returns: the removed paths in component order.
+        :raises ValueError: the scan was begun by another Index, whose marks are gone: all rows would
+            be dropped.
+        """
+        if not self._first_scan < scan <= self._scan:
+            raise ValueError(f"scan {scan} was not begun by this index")
+        first, end = _range(below)
+        where = (
+            "WHERE key >= ? AND key < ? "
+            "AND NOT EXISTS (SELECT 1 FROM temp.seen WHERE seen.key = local.key AND seen.scan >= ?)"
+        )
+        with self.transaction():
+            gone = self._rows(f"SELECT key FROM local {where} ORDER BY key", (first, end, scan))  # noqa: S608
+            self._many("DELETE FROM local WHERE key = ?", gone)
+        return [from_sort_key(key) for (key,) in gone]
+
+    def find_local_content(self, digest: str, sha256: str, size: int) -> LocalRow | None:
+        """Return a readable file with this content, known by its BLAKE3, else by its SHA-256."""
+        for column, value in (("digest", digest), ("sha256", sha256)):
+            if value:
+                row = self._row(
+                    f"SELECT {_columns(_LOCAL)} FROM local "  # noqa: S608
+                    f"WHERE {column} = ? AND {column} <> '' AND size = ? AND kind = 0 AND problem = '' "
+                    "LIMIT 1",
+                    (_pack(value), size),
+                )
+                if row:
+                    return _local(row)
+        return None
+
+    # -- remote ----------------------------------------------------------------------------------------
+
+    def remote(self, path: str) -> RemoteRow | None:
+        """Return what the bucket announces at one path."""
+        row = self._row(f"SELECT {_columns(_REMOTE)} FROM remote WHERE key = ?", (sort_key(path),))  # noqa: S608
+        return _remote(row) if row else None
+
+    def put_remote(self, rows: Iterable[RemoteRow], *, listed: bool = False) -> None:
+        """Write rows; one with a lower sequence than the stored of its path, via and bucket is ignored.
+
+        :param listed: they come from the listing begun last, see :meth:`drop_unlisted`.
+        """
+        with self.transaction():
+            source = iter(rows)
+            while values := [_remote_values(row) for row in islice(source, _PAGE)]:
+                self._many(_PUT_REMOTE, values)
+                if listed:
+                    self._many("INSERT OR IGNORE INTO temp.listed VALUES (?)", ((value[0],) for value in values))
+
+    def begin_listing(self) -> None:
+        """Begin a complete listing of the bucket."""
+        self._run("DELETE FROM temp.listed")
+
+    def drop_unlisted(self) -> None:
+        """Forget what the listing begun last did not bring; what came through links is left alone."""
+        self._run(
+            "DELETE FROM remote WHERE via = '' "
+            "AND NOT EXISTS (SELECT 1 FROM temp.listed WHERE listed.key = remote.key)"
+        )
+        self._run("DELETE FROM temp.listed")
+
+    def replace_via(self, via: str, rows: Iterable[RemoteRow]) -> set[str]:
+        """Replace all that one link brought; an object of the bucket itself goes before one that a link brings.
+
+        :returns: the paths of the rows before and after.
+        """
+        with self.transaction():
+            before = {from_sort_key(row[0]) for row in self._rows("SELECT key FROM remote WHERE via = ?", (via,))}
+            self._run("DELETE FROM remote WHERE via = ?", (via,))
+            after: set[str] = set()
+            source = iter(rows)
+            while page := list(islice(source, _PAGE)):
+                fresh = [row for row in page if self._row("SELECT 1 FROM remote WHERE key = ?", (sort_key(row.path),)) is None]
+                self.put_remote(fresh)
+                after.update(row.path for row in fresh)
+        return before | after
+
+    def vias(self) -> set[str]:
+        """Return the names of the links that brought any row."""
+        return {row[0] for row in self._rows("SELECT DISTINCT via FROM remote WHERE via <> ''")}
+
+    def drop_remote(self, paths: Iterable[str]) -> None:
+        """Remove these rows, and no others."""
+        self._many("DELETE FROM remote WHERE key = ?", ((sort_key(path),) for path in paths))
+
+    def clear_remote(self) -> None:
+        """Forget all that the bucket announces."""
+        self._run("DELETE FROM remote")
+
+    def iter_remote(self, below: str = "") -> Iterator[RemoteRow]:
+        """Yield the row of a path and all rows below it in component order; rows may be written meanwhile."""
+        return map(_remote, self._pages("remote", _REMOTE, below))
+
+    def count_remote(self, *, ours: str | None = None) -> int:
+        """Return the number of rows, or of those whose publisher is ``ours``."""
+        if ours is None:
+            return self._count("SELECT count(*) FROM remote")
+        return self._count("SELECT count(*) FROM remote WHERE publisher = ?", (ours,))
+
+    def count_ours(self) -> int:
+        """Return the number of rows that any syncd publisher wrote."""
+        return self._count("SELECT count(*) FROM remote WHERE publisher <> ''")
+
+    def has_remote_below(self, path: str) -> bool:
+        """Tell whether the bucket announces anything below a path."""
+        first, end = _range(path)
+        return self._row("SELECT 1 FROM remote WHERE key > ? AND key < ? LIMIT 1", (first, end)) is not None
+
+    def find_remote_content(self, digest: str, size: int) -> RemoteRow | None:
+        """Return an announced file with this content, by its BLAKE3."""
+        if not digest:
+            return None
+        row = self._row(
+            f"SELECT {_columns(_REMOTE)} FROM remote "  # noqa: S608
+            "WHERE digest = ? AND digest <> '' AND size = ? AND kind = 0 LIMIT 1",
+            (_pack(digest), size),
+        )
+        return _remote(row) if row else None
+
+    def nuids(self, nuids: Iterable[str]) -> set[str]:
+        """Return those of the argument that a remote row refers to."""
+        return self._known("SELECT DISTINCT nuid FROM remote WHERE nuid <> '' AND nuid IN (%s)", nuids)
+
+    def _known(self, sql: str, values: Iterable[str]) -> set[str]:
+        found: set[str] = set()
+        for chunk in _chunks(values):
+            found.update(row[0] for row in self._rows(sql % ", ".join("?" * len(chunk)), chunk))
+        return found
+
+    # -- diff ------------------------------------------------------------------------------------------
+
+    def diff(
+        self, paths: Collection[str] | None = None, *, after: str = ""
+    ) -> Iterator[tuple[str, LocalRow | None, RemoteRow | None]]:
+        """Yield the paths whose local and remote entries are not the same, in component order.
+
+        The same means :meth:`syncd.model.Entry.same`. A path whose local row has a problem is left
+        out, and so is everything below it: what could not be looked at is neither published nor
+        deleted. Rows may be written between two steps; changes ahead of the position are seen.
+
+        :param paths: only these (not what is below them); ``None`` for all.
+        :param after: only what follows this path in component order; "" from the start.
+        """
+        unknown = self._unknown_below()
+        start = sort_key(after)
+        for row in self._diff_pages(start) if paths is None else self._diff_some(paths, start):
+            path = from_sort_key(row[0])
+            if unknown(path):
+                continue
+            local, remote = row[1 : 1 + len(_LOCAL)], row[1 + len(_LOCAL) :]
+            yield (
+                path,
+                _local(local) if local[0] is not None else None,
+                _remote(remote) if remote[0] else None,
+            )
+
+    def _diff_pages(self, after: bytes) -> Iterator[Row]:
+        while True:
+            page = self._rows(_DIFF_PAGE, (after,))
+            yield from page
+            if len(page) < _PAGE:
+                return
+            after = page[-1][0]
+
+    def _diff_some(self, paths: Collection[str], after: bytes) -> Iterator[Row]:
+        for keys in _chunks(sorted({key for path in paths if (key := sort_key(path)) > after})):
+            yield from sorted(self._rows(_DIFF_SOME % ", ".join(["(?)"] * len(keys)), keys))
+
+    def _unknown_below(self) -> Callable[[str], bool]:
+        """Return a test whether an ancestor of a path has a problem; it remembers the last directory."""
+        last_directory, last_answer = "", False
+
+        def unknown(path: str) -> bool:
+            nonlocal last_directory, last_answer
+            directory = parent(path)
+            if directory != last_directory:
+                keys = [sort_key(above) for above in ancestors(path)]
+                last_directory, last_answer = (
+                    directory,
+                    any(self._has_problem(chunk) for chunk in _chunks(keys)),
+                )
+            return last_answer
+
+        return unknown
+
+    def _has_problem(self, keys: list[bytes]) -> bool:
+        marks = ", ".join("?" * len(keys))
+        sql = f"SELECT 1 FROM local WHERE key IN ({marks}) AND problem <> '' LIMIT 1"  # noqa: S608
+        return self._row(sql, keys) is not None
+
+    # -- garbage ---------------------------------------------------------------------------------------
+
+    def add_garbage(self, nuid: str, since: float, stored: Stored | None) -> None:
+        """Note that nothing announces these chunks any more; of two ``since`` (seconds) the earlier is kept.
+
+        :param stored: what is needed to announce the content again; ``None`` where not known.
+        """
+        values: Row = (0, 0, "", "", 0)
+        if stored is not None:
+            values = (
+                stored.chunks,
+                stored.size,
+                _pack(stored.digest),
+                _pack(stored.sha256),
+                stored.chunk_size,
+            )
+        self._run(
+            "INSERT INTO garbage(nuid, since, known, chunks, size, digest, sha256, chunk_size) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT(nuid) DO UPDATE SET since = min(since, excluded.since)",
+            (nuid, since, stored is not None, *values),
+        )
+
+    def take_garbage(self, digest: str, size: int) -> Stored | None:
+        """Return content that is to be announced again, the youngest of several, and forget it as garbage."""
+        if not digest:
+            return None
+        with self.transaction():
+            row = self._row(
+                "SELECT nuid, chunks, size, digest, sha256, chunk_size FROM garbage "
+                "WHERE known AND digest = ? AND size = ? ORDER BY since DESC LIMIT 1",
+                (_pack(digest), size),
+            )
+            if row is None:
+                return None
+            self._rows("DELETE FROM garbage WHERE nuid = ?", (row[0],))
+        return _stored(row)
+
+    def due_garbage(self, before: float, limit: int = 1000) -> list[str]:
+        """Return the nuids that have been garbage since ``before`` (seconds) or longer, the oldest first."""
+        rows = self._rows(
+            "SELECT nuid FROM garbage WHERE since <= ? ORDER BY since, nuid LIMIT ?", (before, limit)
+        )
+        return [row[0] for row in rows]
+
+    def drop_garbage(self, nuids: Iterable[str]) -> None:
+        """Forget chunks that are freed."""
+        self._many("DELETE FROM garbage WHERE nuid = ?", ((nuid,) for nuid in nuids))
+
+    def garbage_nuids(self, nuids: Iterable[str]) -> set[str]:
+        """Return those of the argument that are noted as garbage."""
+        return self._known("SELECT nuid FROM garbage WHERE nuid IN (%s)", nuids)
+
+
+# -- the file ------------------------------------------------------------------------------------------
+
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_DISK = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_NOLFS,
+}
+
+
+class _UnusableError(Exception):
+    """The file is a database, but not one that this version may use."""
+
+
+def _primary(exc: sqlite3.Error) -> int:
+    """Return the primary result code of an error, 0 where Python's module raised it by itself."""
+    return getattr(exc, "sqlite_errorcode", 0) & 0xFF
+
+
+def _connect(file: str) -> sqlite3.Connection:
+    """Open and check an index, or make the tables of a new one.
+
+    :raises _UnusableError: not ours, or of another version.
+    :raises sqlite3.Error: damaged, or the disk refuses.
+    """
+    db = sqlite3.connect(file, timeout=0.5, isolation_level=None, check_same_thread=False)
+    try:
+        # Exclusive before WAL: no shared-memory file, so that truncating it under us cannot raise
+        # SIGBUS, and a second process is refused instead of interleaved.
+        for pragma in (
+            "locking_mode = EXCLUSIVE",
+            "page_size = 4096",
+            f"cache_size = -{_CACHE_KIB}",
+            "temp_store = FILE",
+            "mmap_size = 0",
+            "synchronous = NORMAL",
+            "journal_mode = WAL",
+            f"journal_size_limit = {_WAL_LIMIT_BYTES}",
+        ):
+            db.execute(f"PRAGMA {pragma}").fetchall()
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        if empty and version == 0:
+            db.executescript(
+                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {_APPLICATION_ID}; "
+                f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
+            return db
+        _check_usable(db, version)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _check_usable(db: sqlite3.Connection, version: int) -> None:
+    if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
+        raise _UnusableError("not an index of syncd")
+    if version != SCHEMA_VERSION:
+        raise _UnusableError(f"schema version {version}, this syncd knows {SCHEMA_VERSION}")
+    verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise _UnusableError(f"damaged: {str(verdict).splitlines()[-1]}")

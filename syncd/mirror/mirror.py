@@ -1,0 +1,363 @@
+"""A mirror: stage, commit, recover.
+
+The order of one batch, and what a crash at each arrow leaves:
+
+    stage -> verify        a staged file that nothing refers to; the next recover() sweeps it
+    -> sync (syncfs)       the same
+    -> journal, synced     before its rename: the old tree and litter, swept; after it: the old tree and a journal,
+                           rolled forward by the next recover()
+    -> apply               old and new paths, each whole; rolled forward
+    -> sync                the new tree, perhaps not durable, and the journal; rolled forward
+    -> remove the journal  the new tree; what the caller did not remember its next reconcile finds
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Self
+
+import structlog
+
+from syncd.crashpoints import crash_point
+from syncd.errors import DiskProblem, FileChanged, Locked
+from syncd.mirror.apply import DRIFT_POLICIES, Apply, Outcome, Placed
+from syncd.mirror.journal import JournalFile
+from syncd.mirror.root import Dirs, Disk, PathRefused, View, disk_problem, lstat_at, open_regular, open_root, split
+from syncd.mirror.staging import STAGED_NAME, Stage, Staged, stage_many
+from syncd.model import Kind, Problem, Stat
+from syncd.paths import PRIVATE_DIR, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from syncd.model import Entry
+    from syncd.plan import MirrorPlan
+
+log = structlog.get_logger()
+
+_PRIVATE_MODE = 0o700
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_LOCK = "lock"
+_STAGE = "stage"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def sync_filesystem(fd: int) -> None:
+    """Make everything that was written to the descriptor's filesystem durable, with one call.
+
+    Since Linux 5.8 it reports write errors that happened since ``fd`` was opened.
+
+    :raises OSError: something could not be written.
+    """
+    syncfs = getattr(_libc, "syncfs", None)
+    if syncfs is None:
+        os.sync()
+        return
+    if syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class Mirror:
+    """The only writer of one mirror: holds its root by descriptor and its lock by flock. Thread-confined, blocking."""
+
+    def __init__(self, root: Path, root_fd: int, private_fd: int, lock_fd: int, stage_fd: int) -> None:
+        """Take over open descriptors; see :meth:`open`."""
+        self.root = root
+        self._fds = [lock_fd, stage_fd, private_fd, root_fd]
+        self._root_fd = root_fd
+        self._private_fd = private_fd
+        self._view = View(root, root_fd)
+        self._stage = Stage(stage_fd)
+        self._journal = JournalFile(private_fd)
+
+    @classmethod
+    def open(cls, root: Path, *, create: bool = True) -> Mirror:
+        """Open a mirror, make its private directory and take its lock.
+
+        :param create: make the root directory, with its parents, where it is missing.
+        :raises Locked: another process holds the mirror; the message names its pid.
+        :raises DiskProblem: no such directory, not writable, or a ``.syncd`` that cannot be trusted.
+        """
+        with ExitStack() as undo:
+            if create:
+                try:
+                    root.mkdir(parents=True, exist_ok=True)
+                except OSError as exc:
+                    raise disk_problem(exc, f"cannot make the mirror directory {printable(str(root))}") from exc
+            root_fd = open_root(root)
+            undo.callback(os.close, root_fd)
+            private_fd = _open_private(root_fd, PRIVATE_DIR, root)
+            undo.callback(os.close, private_fd)
+            lock_fd = _lock(private_fd, root)
+            undo.callback(os.close, lock_fd)
+            stage_fd = _open_private(private_fd, _STAGE, root)
+            mirror = cls(root, root_fd, private_fd, lock_fd, stage_fd)
+            undo.pop_all()
+            return mirror
+
+    @staticmethod
+    def peek(root: Path) -> View:
+        """Return a reader of a mirror (or any directory): no lock, nothing created, nothing changed.
+
+        :raises DiskProblem: missing, not a directory or not readable.
+        """
+        return View.open(root)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the mirror. A committed batch that is not complete stays for the next recover()."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+    # looking -------------------------------------------------------------------------------------------------------
+
+    def look(self, path: str) -> Disk | None:
+        """See :meth:`View.look`."""
+        return self._view.look(path)
+
+    def read_digests(self, path: str) -> tuple[str, str, Stat]:
+        """See :meth:`View.read_digests`."""
+        return self._view.read_digests(path)
+
+    def walk(self, on_problem: Callable[[Problem], None] | None = None) -> Iterator[tuple[str, Disk]]:
+        """See :meth:`View.walk`."""
+        return self._view.walk(on_problem)
+
+    # staging -------------------------------------------------------------------------------------------------------
+
+    def stage(self, entry: Entry) -> Staged:
+        """Begin a staged file; its methods may be called from another thread.
+
+        :raises DiskProblem: the disk refused.
+        """
+        return Staged(self._stage, entry)
+
+    def stage_bytes(self, items: Sequence[tuple[Entry, bytes]]) -> list[str | Exception]:
+        """Stage many small files; one staged name or SyncdError per item, in order."""
+        return stage_many(self._stage, items)
+
+    def stage_copy(self, path: str, entry: Entry) -> str:
+        """Stage the content of another file of the mirror, checked against the entry's digest.
+
+        :raises FileChanged: no regular file is there, or it does not hold that content.
+        :raises DiskProblem: the disk refused.
+        """
+        above, name = split(path)
+        try:
+            with Dirs(self._root_fd, one_filesystem=False) as dirs:
+                source = open_regular(dirs.open(above), name)
+        except (FileNotFoundError, PathRefused):
+            raise FileChanged(f"{printable(path)} is not a regular file (any more)") from None
+        except OSError as exc:
+            raise disk_problem(exc, f"cannot open {printable(path)}") from exc
+        try:
+            return self._stage.add_copy(source, entry, path)
+        finally:
+            os.close(source)
+
+    def stage_symlink(self, entry: Entry) -> str:
+        """Stage a symlink.
+
+        :raises BadName: no filesystem can hold this link text.
+        :raises DiskProblem: the disk refused.
+        """
+        if entry.kind is not Kind.SYMLINK:
+            raise ValueError(f"a {entry.kind} has no link text")
+        return self._stage.add_symlink(entry)
+
+    def discard_staged(self) -> None:
+        """Remove all staged content but that of a committed batch that is not complete.
+
+        :raises DiskProblem: the disk refused.
+        """
+        journal = self._journal.read()
+        keep = {step.staged for step in journal.plan.place} if journal is not None else set()
+        self._stage.sweep(keep, own=True)
+
+    # committing ----------------------------------------------------------------------------------------------------
+
+    def commit(self, plan: MirrorPlan, *, drift: str) -> Outcome:
+        """Make a batch durable, then apply it.
+
+        A batch of an earlier call that could not be completed is completed first; its paths are in the outcome.
+        Staged content of the plan that is not in place afterwards (drift that is kept, problems) is removed.
+
+        :param drift: "repair", "report" or "keep": what to do where a path is not as the plan assumed.
+        :raises DiskProblem: the root, ``.syncd`` or the filesystem failed. Either nothing of the plan has happened, or
+            it is committed and will be completed by the next commit() or recover(): plan anew from what is there.
+        """
+        if drift not in DRIFT_POLICIES:
+            raise ValueError(f"unknown drift policy {drift!r}")
+        if not plan:
+            return Outcome()
+        self._check_root()
+        earlier = self._complete_journal()
+        if plan.place:
+            self._sync_staged()
+        crash_point("before_journal")
+        self._journal.write(plan, drift)
+        crash_point("journal_durable")
+        trusted = {done.path: done.stat for done in earlier.placed if done.stat is not None}
+        with Dirs(self._root_fd, one_filesystem=True) as dirs:
+            outcome = Apply(dirs, self._stage, drift, recovering=False, trusted=trusted).run(plan)
+        self._finish(plan, outcome)
+        return _merge(earlier, outcome)
+
+    def _sync_staged(self) -> None:
+        """Make staged content durable, or give all of it up: after a failed sync nobody knows what is on the disk."""
+        try:
+            sync_filesystem(self._root_fd)
+        except OSError as exc:
+            self._stage.sweep((), own=True)
+            raise disk_problem(exc, "cannot make staged content durable") from exc
+
+    def recover(self) -> list[Placed]:
+        """Complete the batch of a journal, then remove what crashes left behind.
+
+        To be called once after :meth:`open`, before anything is staged, and whenever commit() raised.
+
+        :returns: what is in place because of the journal, for the index to remember; a path that somebody changed
+            since is not among it and shows in the next comparison with the index.
+        :raises DiskProblem: the disk refused; call it again later.
+        """
+        self._check_root()
+        outcome = self._complete_journal()
+        self._journal.sweep()
+        swept = self._stage.sweep((), own=False)
+        if swept:
+            log.info("staging_swept", names=swept)
+        return outcome.placed
+
+    def _complete_journal(self) -> Outcome:
+        journal = self._journal.read() if self._journal.exists() else None
+        if journal is None:
+            return Outcome()
+        with Dirs(self._root_fd, one_filesystem=True) as dirs:
+            outcome = Apply(dirs, self._stage, journal.drift, recovering=True).run(journal.plan)
+        self._finish(journal.plan, outcome)
+        for problem in outcome.problems:
+            log.warning("recover_problem", path=problem.path, code=problem.code, text=problem.text)
+        log.info("journal_completed", placed=len(outcome.placed), problems=len(outcome.problems))
+        return outcome
+
+    def _finish(self, plan: MirrorPlan, outcome: Outcome) -> None:
+        in_place = {done.path for done in outcome.placed}
+        with self._words("cannot make the mirror durable"):
+            sync_filesystem(self._root_fd)
+        crash_point("before_journal_removed")
+        self._journal.remove()
+        crash_point("done")
+        # a crash from here on leaves staged content that was not wanted in the end: swept
+        with self._words("cannot remove staged content"):
+            for step in plan.place:
+                if step.path not in in_place and STAGED_NAME.fullmatch(step.staged) is not None:
+                    self._stage.remove(step.staged)
+
+    @contextmanager
+    def _words(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise disk_problem(exc, what) from exc
+
+    def _check_root(self) -> None:
+        """Refuse to write into a directory that its path does not lead to any more (L10).
+
+        :raises DiskProblem: replaced, unmounted or gone.
+        """
+        held = (os.fstat(self._root_fd), os.fstat(self._private_fd), os.fstat(self._stage.fd))
+        with self._words(f"cannot find the mirror directory {printable(str(self.root))}"):
+            root = self.root.stat()
+            private = lstat_at(self._root_fd, PRIVATE_DIR)
+            stage = lstat_at(self._private_fd, _STAGE)
+        for was, now in zip(held, (root, private, stage), strict=True):
+            if now is None or not os.path.samestat(was, now):
+                raise DiskProblem(
+                    f"mirror root was replaced: {printable(str(self.root))} is not the directory that was opened",
+                    hint="it will be opened again; check what is mounted there",
+                )
+
+
+def _merge(earlier: Outcome, outcome: Outcome) -> Outcome:
+    """Put two outcomes into one, the later one having the last word on each path."""
+    later = {done.path for done in outcome.placed}
+    told = {problem.path for problem in outcome.problems}
+    return Outcome(
+        [done for done in earlier.placed if done.path not in later] + outcome.placed,
+        [problem for problem in earlier.problems if problem.path not in told] + outcome.problems,
+        list(dict.fromkeys([*earlier.drifted, *outcome.drifted])),
+    )
+
+
+def _open_private(above: int, name: str, root: Path) -> int:
+    """Make or open one of our own directories, and refuse one that others could have prepared for us (L5).
+
+    :raises DiskProblem: a symlink, not a directory, of another owner, writable by others, on another filesystem.
+    """
+    where = f"{printable(name)!r} in the mirror {printable(str(root))}"
+    try:
+        with suppress(FileExistsError):  # what is there is looked at below
+            os.mkdir(name, _PRIVATE_MODE, dir_fd=above)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+    except OSError as exc:
+        if exc.errno in {errno.ENOTDIR, errno.ELOOP}:
+            raise DiskProblem(f"{where} is a symlink or no directory", hint="remove it") from exc
+        raise disk_problem(exc, f"cannot make or open {where}") from exc
+    with ExitStack() as undo:
+        undo.callback(os.close, fd)
+        found = os.fstat(fd)
+        if found.st_uid != os.geteuid():
+            raise DiskProblem(f"{where} belongs to uid {found.st_uid}", hint="remove it, or run as that user")
+        if found.st_dev != os.fstat(above).st_dev:
+            raise DiskProblem(f"{where} is on another filesystem", hint="unmount it")
+        if found.st_mode & _OTHERS_WRITE:
+            raise DiskProblem(f"{where} is writable by others", hint="look what is in it, then chmod 0700 or remove it")
+        if stat.S_IMODE(found.st_mode) != _PRIVATE_MODE:
+            try:
+                os.fchmod(fd, _PRIVATE_MODE)
+            except OSError as exc:
+                raise disk_problem(exc, f"cannot make {where} private") from exc
+        undo.pop_all()
+    return fd
+
+
+def _lock(private_fd: int, root: Path) -> int:
+    """Take the mirror's lock; it is released by closing the descriptor, so also by dying.
+
+    :raises Locked: another process holds it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(_LOCK, flags, 0o600, dir_fd=private_fd)
+    except OSError as exc:
+        raise disk_problem(exc, f"cannot open the lock of the mirror {printable(str(root))}") from exc
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError as exc:
+        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+        os.close(fd)
+        raise Locked(
+            f"the mirror {printable(str(root))} is in use by process {printable(holder) or 'unknown'}",
+            hint="stop that process, or give this one another directory",
+        ) from exc
+    except OSError as exc:
+        os.close(fd)
+        raise disk_problem(exc, f"cannot lock the mirror {printable(str(root))}") from exc
+    return fd

@@ -1,0 +1,416 @@
+"""Held descriptors: the only way into a directory tree that others may write too.
+
+Rules kept here:
+ * nothing below the root is ever named by more than one component at a time: every directory is opened from its
+   parent's descriptor with O_NOFOLLOW | O_DIRECTORY, so a symlink planted or swapped in leads nowhere;
+ * only directories and regular files are opened, the latter with O_NONBLOCK; the rest is looked at with lstat;
+ * descriptors are kept for the components of one path only (at most ``MAX_HELD`` of them) and never beyond one
+   operation of the caller.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import structlog
+from blake3 import blake3
+
+from syncd.errors import BadName, DiskProblem, FileChanged
+from syncd.model import Kind, Problem, Stat
+from syncd.paths import PRIVATE_DIR, check_path, parent, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+log = structlog.get_logger()
+
+MAX_HELD = 64
+"""Descriptors kept along one path: a path may have 1,400 components, a process often only 1,024 descriptors."""
+
+BLOCK = 1024 * 1024
+"""Bytes read at a time."""
+
+_OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+_HINTS = {
+    errno.ENOSPC: "free some space; the work goes on by itself then",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the filesystem is mounted read-only",
+    errno.EMFILE: "raise the limit of open files (LimitNOFILE)",
+    errno.ENFILE: "the system's table of open files is full",
+    errno.EACCES: "check owner and mode",
+    errno.EPERM: "check owner and attributes",
+    errno.EIO: "the disk reports errors, see the kernel's log",
+}
+
+
+class PathRefused(DiskProblem):
+    """One path cannot be worked on; the others can.
+
+    :ivar code: the code of the :class:`syncd.model.Problem` that this becomes.
+    :ivar at: the path (perhaps an ancestor) that is not as it must be.
+    """
+
+    def __init__(self, code: str, text: str, *, at: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.at = at
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """What is on disk at a path now.
+
+    :ivar kind: ``None`` for what is never distributed (fifos, sockets, devices).
+    :ivar mode: permission bits.
+    :ivar target: link text of a symlink.
+    """
+
+    kind: Kind | None
+    mode: int
+    stat: Stat
+    target: str = ""
+
+
+def disk_problem(exc: OSError, what: str) -> DiskProblem:
+    """Word an OSError: what was tried, the system's sentence and the errno's name."""
+    number = exc.errno or 0
+    name = errno.errorcode.get(number, str(number))
+    return DiskProblem(f"{what}: {os.strerror(number)} [{name}]", hint=_HINTS.get(number, ""))
+
+
+def to_stat(found: os.stat_result) -> Stat:
+    """Keep the fields of the quick check."""
+    return Stat(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+
+
+def kind_of(mode: int) -> Kind | None:
+    """Return the kind of an ``st_mode``."""
+    if stat.S_ISREG(mode):
+        return Kind.FILE
+    if stat.S_ISDIR(mode):
+        return Kind.DIR
+    return Kind.SYMLINK if stat.S_ISLNK(mode) else None
+
+
+def lstat_at(dir_fd: int, name: str) -> os.stat_result | None:
+    """Return the lstat of one name in an open directory; ``None``: nothing there."""
+    try:
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def hash_fd(fd: int, *, sha256: bool = False) -> tuple[str, str, int]:
+    """Read a file from its beginning to its end; return (BLAKE3 hex, SHA-256 hex or "", bytes read)."""
+    strong, standard, offset = blake3(), hashlib.sha256(), 0
+    buffer = bytearray(BLOCK)
+    view = memoryview(buffer)
+    while count := os.preadv(fd, [buffer], offset):
+        strong.update(view[:count])
+        if sha256:
+            standard.update(view[:count])
+        offset += count
+    return strong.hexdigest(), standard.hexdigest() if sha256 else "", offset
+
+
+def change_mode(fd: int, mode: int) -> None:
+    """Do fchmod(2), also on a descriptor opened with O_PATH (for what we own but may not read)."""
+    try:
+        os.fchmod(fd, mode)
+    except OSError as exc:
+        if exc.errno != errno.EBADF:
+            raise
+        os.chmod(f"/proc/self/fd/{fd}", mode)  # noqa: PTH101 - a descriptor, not a path
+
+
+def change_mtime(fd: int, found: os.stat_result, mtime_ns: int) -> None:
+    """Set the modification time by descriptor and leave the access time as it was."""
+    times = (found.st_atime_ns, mtime_ns)
+    try:
+        os.utime(fd, ns=times)
+    except OSError as exc:
+        if exc.errno != errno.EBADF:
+            raise
+        os.utime(f"/proc/self/fd/{fd}", ns=times)
+
+
+def split(path: str) -> tuple[str, str]:
+    """Return (parent path, last component) of a path that may be used below a root.
+
+    :raises BadName: for everything :func:`syncd.paths.check_path` refuses.
+    """
+    check_path(path)
+    return parent(path), path.rpartition("/")[2]
+
+
+class Dirs:
+    """A stack of open directories along one path: consecutive sorted paths share most of it.
+
+    The descriptors handed out are borrowed: valid until the next call.
+
+    RACE: a directory that somebody moves away while we hold it still takes our write. The write lands in that very
+    directory, wherever its new parent is, and never in what was put in its place.
+    """
+
+    def __init__(self, root_fd: int, *, one_filesystem: bool) -> None:
+        self._root = root_fd
+        self._dev = os.fstat(root_fd).st_dev if one_filesystem else None
+        self._names: list[str] = []
+        self._fds: list[int] = []  # -1: given up to MAX_HELD, reached again from the root
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give all descriptors back; the stack can be used again."""
+        self._trim(0)
+
+    def forget(self, path: str) -> None:
+        """Drop what is held at or below a path that is about to be replaced."""
+        names = path.split("/")
+        if self._names[: len(names)] == names:
+            self._trim(len(names) - 1)
+
+    def open(self, path: str) -> int:
+        """Return a descriptor of the directory at ``path`` ("" is the root).
+
+        It may be an O_PATH descriptor where the directory is not readable for us.
+
+        :raises PathRefused: a component is a symlink, no directory or on another filesystem.
+        :raises OSError: ENOENT, EACCES, EMFILE ...
+        """
+        names = path.split("/") if path else []
+        common = 0
+        for held, wanted in zip(self._names, names, strict=False):
+            if held != wanted:
+                break
+            common += 1
+        self._trim(common)
+        while self._fds and self._fds[-1] < 0:
+            self._trim(len(self._fds) - 1)
+        for name in names[len(self._names) :]:
+            self._enter(name)
+        return self._fds[-1] if self._fds else self._root
+
+    def _enter(self, name: str) -> None:
+        above = self._fds[-1] if self._fds else self._root
+        fd = self._open_child(above, name)
+        self._names.append(name)
+        self._fds.append(fd)
+        if self._dev is not None and os.fstat(fd).st_dev != self._dev:
+            at = "/".join(self._names)
+            raise PathRefused("other_filesystem", f"{printable(at)} is on another filesystem", at=at)
+        if len(self._fds) > MAX_HELD:
+            os.close(self._fds[-2])
+            self._fds[-2] = -1
+
+    def _open_child(self, above: int, name: str) -> int:
+        try:
+            return os.open(name, _OPEN_DIR, dir_fd=above)
+        except PermissionError:
+            return os.open(name, _OPEN_DIR | os.O_PATH, dir_fd=above)
+        except OSError as exc:
+            if exc.errno not in {errno.ENOTDIR, errno.ELOOP}:
+                raise
+            at = "/".join([*self._names, name])
+            found = lstat_at(above, name)
+            link = found is not None and stat.S_ISLNK(found.st_mode)
+            code, what = ("parent_is_symlink", "a symlink") if link else ("parent_not_directory", "not a directory")
+            raise PathRefused(code, f"{printable(at)} is {what} where a directory is expected", at=at) from exc
+
+    def _trim(self, length: int) -> None:
+        for fd in self._fds[length:]:
+            if fd >= 0:
+                os.close(fd)
+        del self._fds[length:]
+        del self._names[length:]
+
+
+def open_regular(dir_fd: int, name: str) -> int:
+    """Open a regular file for reading; nothing else is ever opened.
+
+    :raises FileNotFoundError: nothing there, or no regular file.
+    """
+    found = lstat_at(dir_fd, name)
+    if found is None or not stat.S_ISREG(found.st_mode):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    # RACE: swapped between lstat and open: O_NOFOLLOW refuses a symlink, O_NONBLOCK does not wait for a fifo's writer
+    try:
+        fd = os.open(name, _OPEN_FILE, dir_fd=dir_fd)
+    except OSError as exc:
+        if exc.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from exc
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    return fd
+
+
+class View:
+    """Looking at a mirror without changing anything: no lock is taken, nothing is created. Blocking."""
+
+    def __init__(self, root: Path, fd: int) -> None:
+        self.root = root
+        self._fd = fd
+
+    @classmethod
+    def open(cls, root: Path) -> View:
+        """Hold the root directory.
+
+        :raises DiskProblem: missing, not a directory or not readable.
+        """
+        return cls(root, open_root(root))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the root."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def look(self, path: str) -> Disk | None:
+        """Return what is at ``path`` now; ``None``: nothing, or an ancestor is no directory.
+
+        :raises BadName: the path must not be used.
+        :raises DiskProblem: the disk does not tell.
+        """
+        above, name = split(path)
+        try:
+            with Dirs(self._fd, one_filesystem=False) as dirs:
+                return _disk(dirs.open(above), name)
+        except (FileNotFoundError, PathRefused):
+            return None
+        except OSError as exc:
+            raise disk_problem(exc, f"cannot look at {printable(path)}") from exc
+
+    def read_digests(self, path: str) -> tuple[str, str, Stat]:
+        """Read a regular file between two equal stats; return (BLAKE3 hex, SHA-256 hex, its stat).
+
+        :raises FileChanged: it changed meanwhile, or there is no regular file (any more).
+        :raises DiskProblem: it cannot be read.
+        """
+        above, name = split(path)
+        gone = FileChanged(f"{printable(path)} is not a regular file (any more)")
+        try:
+            with Dirs(self._fd, one_filesystem=False) as dirs:
+                fd = open_regular(dirs.open(above), name)
+        except (FileNotFoundError, PathRefused):
+            raise gone from None
+        except OSError as exc:
+            raise disk_problem(exc, f"cannot open {printable(path)}") from exc
+        try:
+            before = to_stat(os.fstat(fd))
+            strong, standard, size = hash_fd(fd, sha256=True)
+            after = to_stat(os.fstat(fd))
+        except OSError as exc:
+            raise disk_problem(exc, f"cannot read {printable(path)}") from exc
+        finally:
+            os.close(fd)
+        if before != after or size != before.size:
+            raise FileChanged(f"{printable(path)} changed while it was read")
+        return strong, standard, after
+
+    def walk(self, on_problem: Callable[[Problem], None] | None = None) -> Iterator[tuple[str, Disk]]:
+        """Yield everything below the root but ``.syncd``, in component order, never following a symlink.
+
+        Memory is bounded by the names of the directories along one path. A directory that cannot be read yields
+        itself and nothing below; a name that cannot be a path (not UTF-8, too long) is left out; both are logged
+        and told to ``on_problem``. What vanishes during the walk is left out.
+        """
+
+        def tell(path: str, code: str, text: str) -> None:
+            log.warning("mirror_walk_problem", path=path, code=code, text=text)
+            if on_problem is not None:
+                on_problem(Problem(path, code, text))
+
+        with Dirs(self._fd, one_filesystem=False) as dirs:
+            frames = [("", self._names(dirs, "", tell))]
+            while frames:
+                above, names = frames[-1]
+                if not names:
+                    frames.pop()
+                    continue
+                path = f"{above}/{names[-1]}" if above else names[-1]
+                try:
+                    disk = _disk(dirs.open(above), names.pop())
+                except (FileNotFoundError, PathRefused):
+                    continue
+                except OSError as exc:
+                    tell(path, "unreadable", str(disk_problem(exc, "cannot look at it")))
+                    continue
+                if disk is None:
+                    continue
+                yield path, disk
+                if disk.kind is Kind.DIR:
+                    frames.append((path, self._names(dirs, path, tell)))
+
+    @staticmethod
+    def _names(dirs: Dirs, path: str, tell: Callable[[str, str, str], None]) -> list[str]:
+        """Return a directory's usable names, last first."""
+        try:
+            found = os.listdir(dirs.open(path))  # noqa: PTH208 - a descriptor, not a path
+        except (FileNotFoundError, PathRefused):
+            return []
+        except OSError as exc:
+            tell(path, "unreadable_dir", str(disk_problem(exc, "cannot list it")))
+            return []
+        names = []
+        for name in found:
+            child = f"{path}/{name}" if path else name
+            if child == PRIVATE_DIR:
+                continue
+            try:
+                check_path(child)
+            except BadName as exc:
+                tell(child, "bad_name", str(exc))
+            else:
+                names.append(name)
+        names.sort(reverse=True)  # of valid UTF-8: code point order is byte order
+        return names
+
+
+def _disk(dir_fd: int, name: str) -> Disk | None:
+    found = lstat_at(dir_fd, name)
+    if found is None:
+        return None
+    kind = kind_of(found.st_mode)
+    target = ""
+    if kind is Kind.SYMLINK:
+        try:
+            target = os.readlink(name, dir_fd=dir_fd)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:  # RACE: no symlink any more; the next look tells
+                raise
+            return None
+    return Disk(kind, stat.S_IMODE(found.st_mode), to_stat(found), target)
+
+
+def open_root(root: Path) -> int:
+    """Open a root directory (itself perhaps reached through a symlink: the configuration named it).
+
+    :raises DiskProblem: missing, not a directory or not readable.
+    """
+    try:
+        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise disk_problem(exc, f"cannot open the directory {printable(str(root))}") from exc

@@ -1,0 +1,313 @@
+"""Staging: verified content under private names on the mirror's own filesystem.
+
+Rules kept here:
+ * a staged name is new (O_EXCL), private (mode 0600 in a directory of mode 0700) and never reused: its absence later
+   means that it was renamed into place;
+ * what is verified is the staged file read back, not the stream that went in;
+ * mode and mtime are set before the file is visible anywhere, by descriptor, whatever the umask;
+ * a failure leaves no staged file behind; a crash leaves one that :meth:`Stage.sweep` removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import secrets
+import stat
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+from blake3 import blake3
+
+from syncd.crashpoints import crash_point
+from syncd.errors import BadName, DiskProblem, FileChanged, ObjectCorrupt, SyncdError
+from syncd.mirror.root import BLOCK, disk_problem, hash_fd
+from syncd.model import MODE_BITS, Kind
+from syncd.paths import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Sequence
+
+    from syncd.model import Entry
+
+log = structlog.get_logger()
+
+STAGED_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{1,12}")
+
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
+_NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
+
+
+def _write_all(fd: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _finish_meta(fd: int, entry: Entry) -> None:
+    """Set mode and mtime of a staged file."""
+    mode = entry.mode & MODE_BITS
+    os.fchmod(fd, mode)  # write(2) drops set-id bits, so this comes after the last one
+    try:
+        os.utime(fd, ns=(time.time_ns(), entry.mtime_ns))
+    except OverflowError:
+        raise ObjectCorrupt(f"modification time {entry.mtime_ns} ns is out of range") from None
+    if mode & _SPECIAL_BITS and stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+        log.warning("mode_bits_refused", mode=f"{mode:04o}")  # the kernel drops a setgid bit of a foreign group
+
+
+class Stage:
+    """The staging directory, by descriptor. Names it hands out start with an id of this run."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._run = secrets.token_hex(4)
+        self._numbers = itertools.count()
+
+    def new_name(self) -> str:
+        """Return a name that was never used; safe from any thread."""
+        return f"{self._run}-{next(self._numbers):x}"
+
+    def create(self) -> tuple[str, int]:
+        """Create an empty private file; return its name and a read-write descriptor."""
+        name = self.new_name()
+        return name, os.open(name, _CREATE, 0o600, dir_fd=self.fd)
+
+    def remove(self, name: str) -> None:
+        """Remove a staged name; one that is gone is fine.
+
+        :raises OSError: the disk refused.
+        """
+        if STAGED_NAME.fullmatch(name) is None:
+            raise BadName(f"{printable(name)!r} is not a staged name")
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            return
+
+    def add_bytes(self, entry: Entry, data: bytes) -> str:
+        """Stage one small file: write, read back, mode, mtime.
+
+        :raises ObjectCorrupt: the content is not what the entry announces.
+        :raises DiskProblem: the disk refused, or gave back something else than was written.
+        """
+        if len(data) != entry.size:
+            raise ObjectCorrupt(f"content has {len(data)} bytes, its metadata says {entry.size}")
+        if entry.digest and blake3(data).hexdigest() != entry.digest:
+            raise ObjectCorrupt("content does not match its BLAKE3 digest")
+
+        def fill(fd: int) -> None:
+            _write_all(fd, data)
+            # one byte more than expected: a file longer than what was written is as wrong as a shorter one
+            if os.pread(fd, len(data) + 1, 0) != data:
+                raise _misread()
+
+        return self._add(fill, entry, "cannot stage content")
+
+    def add_copy(self, source: int, entry: Entry, what: str) -> str:
+        """Stage a copy of an open file of ``entry.size`` bytes, shared with it where the filesystem can (reflink).
+
+        :raises FileChanged: the source does not hold the content that ``entry`` names.
+        :raises DiskProblem: the disk refused.
+        """
+
+        def fill(fd: int) -> None:
+            if os.fstat(source).st_size != entry.size:
+                raise FileChanged(f"{printable(what)} has another size by now")
+            _copy(source, fd, entry.size)
+            digest, sha256, size = hash_fd(fd, sha256=not entry.digest)
+            if size != entry.size or not _holds(entry, digest, sha256):
+                raise FileChanged(f"{printable(what)} does not hold the expected content")
+
+        return self._add(fill, entry, f"cannot copy {printable(what)}")
+
+    def _add(self, fill: Callable[[int], None], entry: Entry, failure: str) -> str:
+        """Make a staged file in one go; whatever goes wrong, nothing of it stays."""
+        try:
+            name, fd = self.create()
+            try:
+                crash_point("stage_write")
+                fill(fd)
+                _finish_meta(fd, entry)
+            except BaseException:
+                self.give_up(name)
+                raise
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            raise disk_problem(exc, failure) from exc
+        crash_point("stage_finished")
+        return name
+
+    def add_symlink(self, entry: Entry) -> str:
+        """Stage a symlink.
+
+        :raises BadName: no filesystem can hold this link text.
+        """
+        name = self.new_name()
+        try:
+            os.symlink(entry.target, name, dir_fd=self.fd)
+            try:
+                os.utime(name, ns=(time.time_ns(), entry.mtime_ns), dir_fd=self.fd, follow_symlinks=False)
+            except OverflowError:
+                self.give_up(name)
+                raise ObjectCorrupt(f"modification time {entry.mtime_ns} ns is out of range") from None
+            except BaseException:
+                self.give_up(name)
+                raise
+        except ValueError as exc:  # a NUL byte
+            raise BadName("link text holds a NUL byte or is not text") from exc
+        except OSError as exc:
+            if not entry.target or exc.errno == errno.ENAMETOOLONG:
+                raise BadName("link text is empty or too long") from exc
+            raise disk_problem(exc, "cannot stage a symlink") from exc
+        return name
+
+    def sweep(self, keep: Container[str], *, own: bool) -> int:
+        """Remove staged content that nothing refers to; return how many names.
+
+        :param keep: names that a journal refers to.
+        :param own: also what this process staged.
+        :raises DiskProblem: the disk refused.
+        """
+        swept = 0
+        try:
+            for name in os.listdir(self.fd):  # noqa: PTH208 - a descriptor, not a path
+                if name in keep or (not own and name.startswith(self._run)):
+                    continue
+                try:
+                    os.unlink(name, dir_fd=self.fd)
+                    swept += 1
+                except IsADirectoryError:
+                    log.warning("foreign_directory_in_stage", name=printable(name))
+                except FileNotFoundError:
+                    continue
+        except OSError as exc:
+            raise disk_problem(exc, "cannot sweep the staging directory") from exc
+        return swept
+
+    def give_up(self, name: str) -> None:
+        """Remove a staged file while another error is on its way, which must not be hidden by a second one."""
+        try:
+            self.remove(name)
+        except OSError as exc:
+            log.warning("staged_file_left", name=name, error=str(exc))  # swept at the next start
+
+
+def _misread() -> DiskProblem:
+    return DiskProblem("a staged file does not read back as it was written", hint="check the disk")
+
+
+def _holds(entry: Entry, digest: str, sha256: str) -> bool:
+    if entry.digest:
+        return digest == entry.digest
+    return not entry.sha256 or sha256 == entry.sha256
+
+
+def _copy(source: int, target: int, size: int) -> None:
+    """Copy ``size`` bytes from the beginning; less where the source ends before."""
+    done = 0
+    try:
+        while done < size:
+            count = os.copy_file_range(source, target, size - done, offset_src=done, offset_dst=done)
+            if count == 0:
+                break
+            done += count
+    except OSError as exc:
+        if exc.errno not in _NO_COPY_RANGE:
+            raise
+    os.lseek(target, done, os.SEEK_SET)
+    while done < size:
+        data = os.pread(source, min(BLOCK, size - done), done)
+        if not data:
+            return
+        _write_all(target, data)
+        done += len(data)
+
+
+class Staged:
+    """A file that is being staged; a :class:`syncd.store.base.Sink`. One thread at a time, any thread. Blocking."""
+
+    def __init__(self, stage: Stage, entry: Entry) -> None:
+        if entry.kind is not Kind.FILE:
+            raise ValueError(f"a {entry.kind} has no content")
+        self._stage = stage
+        self._entry = entry
+        self._size = 0
+        self._hash = blake3()
+        try:
+            self._name, self._fd = stage.create()
+        except OSError as exc:
+            raise disk_problem(exc, "cannot stage content") from exc
+
+    def write(self, data: bytes) -> None:
+        """Append all of ``data``.
+
+        :raises ObjectCorrupt: more than the entry announces (an endless object must not fill the disk).
+        :raises DiskProblem: the disk refused; what was staged is removed.
+        """
+        crash_point("stage_write")
+        self._size += len(data)
+        if self._size > self._entry.size:
+            self.discard()
+            raise ObjectCorrupt(f"content is longer than the {self._entry.size} bytes that its metadata says")
+        self._hash.update(data)
+        try:
+            _write_all(self._fd, data)
+        except OSError as exc:
+            self.discard()
+            raise disk_problem(exc, "cannot stage content") from exc
+
+    def finish(self) -> str:
+        """Read back, compare, set mode and mtime; return the staged name.
+
+        :raises ObjectCorrupt: the content is not what the entry announces.
+        :raises DiskProblem: the disk refused, or gave back something else than was written.
+        """
+        try:
+            self._verify()
+            _finish_meta(self._fd, self._entry)
+        except OSError as exc:
+            self.discard()
+            raise disk_problem(exc, "cannot finish staged content") from exc
+        except SyncdError:
+            self.discard()
+            raise
+        os.close(self._fd)
+        self._fd = -1
+        crash_point("stage_finished")
+        return self._name
+
+    def _verify(self) -> None:
+        entry = self._entry
+        if self._size != entry.size:
+            raise ObjectCorrupt(f"content has {self._size} bytes, its metadata says {entry.size}")
+        written = self._hash.hexdigest()
+        digest, _, size = hash_fd(self._fd)
+        if (digest, size) != (written, self._size):
+            raise _misread()
+        if entry.digest and digest != entry.digest:
+            raise ObjectCorrupt("content does not match its BLAKE3 digest")
+
+    def discard(self) -> None:
+        """Remove what was staged; nothing happens after finish() or a second time."""
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        self._stage.give_up(self._name)
+
+
+def stage_many(stage: Stage, items: Sequence[tuple[Entry, bytes]]) -> list[str | Exception]:
+    """Stage many small files; a failure belongs to its item."""
+    results: list[str | Exception] = []
+    for entry, data in items:
+        try:
+            results.append(stage.add_bytes(entry, data))
+        except SyncdError as exc:
+            results.append(exc)
+    return results

@@ -1,0 +1,795 @@
+"""Source directory -> bucket: watch, settle, scan, plan, upload, announce, remember.
+
+Rules kept here (docs/architecture.md):
+ * Events only hint; a scan decides. Doubt, reconnects and a timer mean a full round.
+ * A file is read between two equal stats or not at all in this round.
+ * Metadata is written only after the server acknowledged every chunk it announces.
+ * The index remembers only what the server acknowledged. A crash anywhere leaves chunks that nothing announces
+   (the audit finds them) or an announcement not yet remembered (the next catch-up reads it back).
+ * Nothing is deleted that syncd did not write; a missing source is a problem, never "everything was deleted".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import structlog
+
+from syncd.agenda import Agenda
+from syncd.concurrency import run_together
+from syncd.crashpoints import crash_point
+from syncd.errors import (
+    BucketNotFound,
+    BucketSealed,
+    DiskProblem,
+    FileChanged,
+    FolderTaken,
+    SafetyHalt,
+    StoreTimeout,
+    SyncdError,
+    WriteConflict,
+)
+from syncd.index import Index, LocalRow, RemoteRow
+from syncd.model import Entry, Kind, Problem
+from syncd.paths import is_usable, printable
+from syncd.plan import PublishAction, publish_action, publish_halt
+from syncd.progress import Meter, Progress
+from syncd.retry import backoff, is_transient
+from syncd.scan import Scanner
+from syncd.source import LOOK_LIMIT, ScanStopped, Source
+from syncd.status import Allowance, FolderState, StatusKeeper
+from syncd.store.base import (
+    CHUNK_SIZE,
+    EMPTY,
+    NUID_PREFIX,
+    BadMeta,
+    BucketSpec,
+    ObjectMeta,
+    PutResult,
+    SmallPut,
+    Stored,
+)
+from syncd.store.mapping import ALLOWED, PUBLISHER, object_meta, remote_row, stored_of
+from syncd.watch import PathWatcher
+
+if TYPE_CHECKING:
+    from syncd.rules import Rules
+    from syncd.store.base import Bucket, Hints, ObjectInfo, Store
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+BATCH_ITEMS = 400
+BATCH_BYTES = 4 * 1024 * 1024
+PARALLEL_UPLOADS = 4
+PARALLEL_DELETES = 64
+DELETE_PAGE = 1000
+PUSH_RETRIES = 5
+AUDIT_SECONDS = 3600.0
+MAX_AUDITED_NUIDS = 500_000
+HALT_WINDOW_SECONDS = 600.0
+"""Deletes are judged against the most paths published within this time: ``rm -r`` arrives in pieces."""
+HINT_GRACE_SECONDS = 0.5
+"""A notification of our own write can overtake its acknowledgement by this much."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishOptions:
+    """One ``[[publish]]`` as plain values.
+
+    :ivar publisher: who we are in object metadata, stable across restarts: ``host:/path``.
+    :ivar settle_seconds: how long a changed path must be quiet before it is read.
+    :ivar grace_seconds: how long replaced content stays readable.
+    :ivar metadata: the folder's own key/values, on every object.
+    """
+
+    folder: str
+    path: Path
+    rules: Rules
+    publisher: str
+    bucket: BucketSpec = field(default_factory=BucketSpec)
+    symlinks: Literal["inside", "all", "skip"] = "inside"
+    settle_seconds: float = 0.05
+    rescan_seconds: float = 60.0
+    max_delete_percent: float = 50.0
+    grace_seconds: float = 600.0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class PushResult:
+    """What one or more rounds did.
+
+    :ivar again: paths that could not be read or written this time and are tried again soon.
+    :ivar conflict: somebody else wrote to the bucket: look at everything again.
+    """
+
+    puts: int = 0
+    deletes: int = 0
+    uploaded_bytes: int = 0
+    reused_bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    again: set[str] = field(default_factory=set)
+    conflict: bool = False
+
+    def add(self, more: PushResult) -> None:
+        """Add a later round."""
+        self.puts += more.puts
+        self.deletes += more.deletes
+        self.uploaded_bytes += more.uploaded_bytes
+        self.reused_bytes += more.reused_bytes
+        self.again = more.again
+        self.conflict = more.conflict
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One path on its way to the bucket: ``data`` to send, ``stored`` to announce, or neither: to be uploaded."""
+
+    row: LocalRow
+    remote: RemoteRow | None
+    data: bytes | None = None
+    stored: Stored | None = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The next changed paths; ``last`` is where the batch after it begins, "" when there is nothing left."""
+
+    small: list[_Item] = field(default_factory=list)
+    large: list[_Item] = field(default_factory=list)
+    last: str = ""
+
+
+class Publisher:
+    """Keeps one bucket equal to one source directory.
+
+    :param index_file: where the index lives; ``None``: in memory, for one round.
+    :param allowance: a person's word on a safety halt; none is ever given without it.
+    :param clock: wall clock, seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        options: PublishOptions,
+        store: Store,
+        index_file: Path | None,
+        *,
+        status: StatusKeeper,
+        allowance: Allowance | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._options = options
+        self._store = store
+        self._bucket: Bucket = store.bucket(options.folder)
+        self._index_file = index_file
+        self._status = status
+        self._allowance = allowance or Allowance()
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"publish-{options.folder}")
+        self._index: Index
+        self._source: Source
+        self._log = log.bind(folder=options.folder, role="publish")
+        self._next_audit = 0.0
+        self._full_seconds = 0.0
+        self._last_seq = 0
+        self._began: bool = False
+        self._published: deque[tuple[float, int]] = deque()
+
+    # -- lifetime ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Publish until cancelled.
+
+        :raises FolderTaken: somebody else publishes this folder; trying again would not mend that.
+        """
+        agenda = Agenda(
+            settle=self._options.settle_seconds, rescan=self._options.rescan_seconds, allowed=self._allowance.given
+        )
+        try:
+            await self._open()
+            async with (
+                PathWatcher(self._options.path, on_mode=self._on_watch_mode) as watcher,
+                self._bucket.hints() as hints,
+            ):
+                await run_together(
+                    self._rounds(agenda), _feed_paths(watcher, agenda), self._feed_bucket(hints, agenda)
+                )
+        finally:
+            await self._close()
+
+    async def push(
+        self, *, allow_delete: bool = False, progress: Callable[[Progress], None] | None = None
+    ) -> PushResult:
+        """Do one full round; paths that change while being read are tried again a few times.
+
+        :raises SafetyHalt: the plan would delete too much and ``allow_delete`` is not given.
+        """
+        try:
+            await self._open()
+            waits = backoff(0.1, 2.0)
+            total = await self._round(None, allow_delete=allow_delete, progress=progress)
+            for _ in range(PUSH_RETRIES):
+                if not total.again:
+                    break
+                await asyncio.sleep(next(waits))
+                paths = None if total.conflict else frozenset(total.again)
+                total.add(await self._round(paths, allow_delete=allow_delete, progress=progress))
+            total.problems = await self._disk(self._problems)
+            return total
+        finally:
+            await self._close()
+
+    async def _open(self) -> None:
+        def opened() -> None:
+            self._index = Index(self._index_file)
+            options = self._options
+            scanner = Scanner(options.path, options.rules, symlinks=options.symlinks)
+            self._source = Source(scanner, self._index, options.folder)
+
+        await self._disk(opened)
+        if self._index.recovered:
+            self._log.warning("index_rebuilt", reason=self._index.recovered)
+
+    async def _close(self) -> None:
+        def closed() -> None:
+            if hasattr(self, "_index"):
+                self._index.close()
+
+        if hasattr(self, "_source"):
+            self._source.stopping = True  # the thread may be in the middle of a scan: it looks between paths
+        self._thread.submit(closed)
+        await asyncio.shield(asyncio.to_thread(self._thread.shutdown, wait=True))
+
+    async def _disk(self, function: Callable[[], T]) -> T:
+        """Run blocking work in this folder's own thread: index and scanner are confined to it."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def _problems(self) -> list[Problem]:
+        return sorted(self._source.problems.values(), key=lambda problem: problem.path)
+
+    # -- hints ---------------------------------------------------------------------------------------------------
+
+    def _on_watch_mode(self, mode: str, reason: str) -> None:
+        self._log.info("watch_mode", mode=mode, reason=reason)
+        self._status.set(watching=mode)
+
+    async def _feed_bucket(self, hints: Hints, agenda: Agenda) -> None:
+        """A reconnect, or a write that is not ours, asks for a full round."""
+        while True:
+            seq = await hints.wait(self._options.rescan_seconds)
+            if seq == 0:
+                agenda.wake()
+            elif seq > self._last_seq:
+                await asyncio.sleep(HINT_GRACE_SECONDS)
+                if seq > self._last_seq:
+                    self._last_seq = seq  # a lost, forged or foreign one: one full round, not one per hint
+                    agenda.full()
+
+    # -- rounds --------------------------------------------------------------------------------------------------
+
+    async def _rounds(self, agenda: Agenda) -> None:
+        waits = backoff()
+        failing = ""
+        while True:
+            paths = await agenda.due()
+            halted = self._status.now.state is FolderState.HALTED
+            if paths is None or self._status.now.state is not FolderState.IN_SYNC:
+                self._status.set(state=FolderState.SYNCING)
+            try:
+                result = await self._round(paths, allow_delete=halted and self._allowance.given())
+            except ScanStopped:
+                return
+            except SafetyHalt as halt:
+                if self._status.now.error != halt.message:
+                    self._log.error("safety_halt", reason=halt.message)
+                self._status.set(state=FolderState.HALTED, error=halt.message, hint=halt.hint)
+                agenda.halted()
+            except FolderTaken:
+                raise
+            except SyncdError as error:
+                waiting = is_transient(error)
+                self._status.set(
+                    state=FolderState.WAITING if waiting else FolderState.FAILED, error=error.message, hint=error.hint
+                )
+                if failing != error.message:
+                    self._log.warning("round_failed", error=error.message, hint=error.hint)
+                failing = error.message
+                agenda.failed(next(waits) if waiting else self._options.rescan_seconds)
+            else:
+                if failing:
+                    self._log.info("round_recovered", after=failing)
+                failing, waits = "", backoff()
+                await self._finish_round(result, agenda)
+
+    async def _finish_round(self, result: PushResult, agenda: Agenda) -> None:
+        if result.puts or result.deletes:
+            self._log.info(
+                "published",
+                puts=result.puts,
+                deletes=result.deletes,
+                uploaded_bytes=result.uploaded_bytes,
+                reused_bytes=result.reused_bytes,
+            )
+        self._allowance.clear()
+        self._status.set_problems(await self._disk(self._problems))
+        agenda.done(self._full_seconds)
+        if result.conflict:
+            agenda.full()
+        if result.again:
+            agenda.again(result.again)
+            self._status.set(state=FolderState.SYNCING, pending=len(result.again), error="", hint="")
+        else:
+            self._status.in_sync()
+
+    async def _round(
+        self,
+        paths: frozenset[str] | None,
+        *,
+        allow_delete: bool,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> PushResult:
+        """Bring the bucket up to the source for ``paths`` (``None``: for all).
+
+        :raises SafetyHalt: deletes are held; everything else of the round is done.
+        """
+        if paths is None:
+            await self._catch_up()
+            if self._clock() >= self._next_audit:
+                await self._audit()
+        touched = await self._scan(paths)
+        result = PushResult()
+        await self._put_changed(touched, result, progress)
+        await self._delete_gone(touched, result, allow_delete=allow_delete)
+        if paths is None:
+            entries, size = await self._disk(lambda: (self._index.count_local(), self._index.local_bytes()))
+            self._status.set(entries=entries, bytes=size)
+        await self._free_garbage()
+        return result
+
+    async def _scan(self, paths: frozenset[str] | None) -> Collection[str] | None:
+        """Bring the index up to the disk; return the paths to compare with the bucket, ``None`` for all."""
+        if paths is None or len(paths) > LOOK_LIMIT or "" in paths:
+            started = time.monotonic()
+            await self._disk(self._source.scan)
+            self._full_seconds = time.monotonic() - started
+            return None
+        return await self._disk(lambda: self._source.look(paths))
+
+    # -- what the bucket has ---------------------------------------------------------------------------------------
+
+    async def _catch_up(self) -> None:
+        """Read into the index what the bucket announces, creating the bucket where it does not exist.
+
+        :raises FolderTaken: another publisher wrote to it since we began.
+        """
+        try:
+            state = await self._bucket.state()
+        except BucketNotFound:
+            state = await self._store.create_bucket(self._options.folder, self._options.bucket)
+            self._log.info("bucket_created", bucket=self._options.folder)
+        if state.sealed:
+            raise BucketSealed(
+                f"bucket {self._options.folder!r} is sealed", hint="publish to another folder name, or delete the bucket"
+            )
+        position = await self._disk(lambda: self._position(state.created, state.last_seq))
+        async for page in self._bucket.changes(position):
+            items, last_seq = page.items, page.last_seq
+            other = await self._disk(lambda items=items, last_seq=last_seq: self._remember_page(items, last_seq))  # type: ignore[misc]
+            self._last_seq = max(self._last_seq, last_seq)
+            if other and self._began:
+                raise FolderTaken(
+                    f"another publisher ({printable(other)}) writes to folder {self._options.folder!r}",
+                    hint="stop one of the two, then restart this one",
+                )
+            if other:
+                self._log.warning("publisher_changed", before=other)
+        self._began = True
+
+    def _position(self, created: str, last_seq: int) -> int:
+        """Return the sequence to catch up from; 0, and an empty memory, where the bucket is another one."""
+        position = int(self._index.note("position", "0"))
+        if self._index.note("bucket") == created and position <= last_seq:
+            return position
+        if self._index.note("bucket"):
+            self._log.warning("bucket_replaced", bucket=self._options.folder)
+        with self._index.transaction():
+            self._index.clear_remote()
+            self._index.set_note("bucket", created)
+            self._index.set_note("position", "0")
+        self._last_seq = 0
+        self._next_audit = 0.0
+        return 0
+
+    def _remember_page(self, items: Iterable[ObjectInfo | BadMeta], last_seq: int) -> str:
+        """Store one page of metas; return another publisher's identity if one wrote any of them."""
+        rows: list[RemoteRow] = []
+        gone: list[str] = []
+        other = ""
+        for item in items:
+            if isinstance(item, BadMeta) or not is_usable(item.name):
+                continue  # no path of a source can be called so: not ours, and not in our way
+            who = item.metadata.get(PUBLISHER, "")
+            if who and who != self._options.publisher:
+                other = who
+            if item.deleted or item.link is not None:
+                gone.append(item.name)
+                continue
+            try:
+                rows.append(remote_row(item))
+            except SyncdError:
+                gone.append(item.name)  # an object that we would not have written: ours goes over it
+        with self._index.transaction():
+            self._index.drop_remote(gone)
+            self._index.put_remote(rows)
+            self._index.set_note("position", str(last_seq))
+        return other
+
+    async def _audit(self) -> None:
+        """Find chunks that nothing announces (freed after the grace time), and announcements whose chunks are gone."""
+        counts: dict[str, int] = {}
+        async for page in self._bucket.list_chunks():
+            counts.update(page)
+            if len(counts) > MAX_AUDITED_NUIDS:
+                self._log.warning("audit_skipped", reason="too many objects", limit=MAX_AUDITED_NUIDS)
+                break
+        else:
+            orphans, damaged = await self._disk(lambda: self._compare_chunks(counts))
+            if orphans or damaged:
+                self._log.info("bucket_audited", orphans=orphans, damaged=damaged)
+        self._next_audit = self._clock() + AUDIT_SECONDS
+
+    def _compare_chunks(self, counts: dict[str, int]) -> tuple[int, int]:
+        ours = [nuid for nuid in counts if nuid.startswith(NUID_PREFIX)]
+        known = self._index.nuids(ours) | self._index.garbage_nuids(ours)
+        orphans = [nuid for nuid in ours if nuid not in known]
+        damaged = [
+            row.path
+            for row in self._index.iter_remote()
+            if row.publisher and row.chunks and counts.get(row.nuid, 0) != row.chunks
+        ]
+        with self._index.transaction():
+            for nuid in orphans:
+                self._index.add_garbage(nuid, self._clock(), None)
+            # Forgetting the rows makes the next diff put the content again, under a nuid of its own.
+            self._index.drop_remote(damaged)
+        return len(orphans), len(damaged)
+
+    async def _free_garbage(self) -> None:
+        """Free chunks whose grace time is over."""
+        before = self._clock() - self._options.grace_seconds
+        due = await self._disk(lambda: self._index.due_garbage(before))
+        if not due:
+            return
+        used = await self._disk(lambda: self._index.nuids(due))
+        for nuid in due:
+            if nuid not in used:
+                await self._bucket.remove_chunks(nuid)
+        crash_point("garbage_freed")
+        await self._disk(lambda: self._index.drop_garbage(due))
+        self._log.info("chunks_freed", nuids=len(due) - len(used))
+
+    # -- puts ------------------------------------------------------------------------------------------------------
+
+    async def _put_changed(
+        self, touched: Collection[str] | None, result: PushResult, progress: Callable[[Progress], None] | None
+    ) -> None:
+        files, size = (0, 0) if progress is None else await self._disk(lambda: self._count_puts(touched))
+        meter = Meter(progress, files, size)
+        after = ""
+        while True:
+            begin = after
+            batch = await self._disk(lambda begin=begin: self._next_batch(touched, begin, result))  # type: ignore[misc]
+            if batch.small:
+                await self._put_small(batch.small, result, meter)
+            if batch.large:
+                await self._put_large(batch.large, result, meter)
+            if not batch.last:
+                return
+            after = batch.last
+
+    def _count_puts(self, touched: Collection[str] | None) -> tuple[int, int]:
+        files = size = 0
+        for _, local, remote in self._index.diff(touched):
+            if local is not None:
+                files += 1
+                if remote is None or not local.entry.same_content(remote.entry):
+                    size += local.entry.size
+        return files, size
+
+    def _next_batch(self, touched: Collection[str] | None, after: str, result: PushResult) -> _Batch:
+        """Take the next changed paths; the content of small files is read and hashed here, once."""
+        batch = _Batch()
+        digests: set[str] = set()
+        size = 0
+        for path, local, remote in self._index.diff(touched, after=after):
+            if self._source.stopping:
+                raise ScanStopped
+            if local is None:
+                continue
+            item = self._prepare(local, remote, result)
+            if item is not None:
+                digest = item.row.entry.digest
+                if item.stored is None and digest in digests:
+                    return batch  # its twin is in this batch: in the next one the content is known
+                digests.add(digest)
+                to_upload = item.stored is None and item.data is None
+                (batch.large if to_upload else batch.small).append(item)
+                size += len(item.data) if item.data is not None else 0
+            batch.last = path
+            if len(batch.small) >= BATCH_ITEMS or size >= BATCH_BYTES or len(batch.large) >= PARALLEL_UPLOADS:
+                return batch
+        batch.last = ""
+        return batch
+
+    def _prepare(self, row: LocalRow, remote: RemoteRow | None, result: PushResult) -> _Item | None:
+        """Decide what one path needs, hashing it where its digest is not known; ``None``: nothing, or not now."""
+        if row.entry.kind is not Kind.FILE:
+            return _Item(row, remote, stored=EMPTY)
+        data: bytes | None = None
+        if not row.entry.digest:
+            hashed = self._hash(row, result)
+            if hashed is None:
+                return None
+            row, data = hashed
+        entry, ours = row.entry, remote is not None and bool(remote.publisher)
+        action = publish_action(entry, remote.entry if remote else None, remote_is_ours=ours)
+        if action is PublishAction.NOTHING:
+            return None
+        if action is PublishAction.PUT_META and remote is not None:
+            return _Item(row, remote, stored=stored_of(remote))
+        if entry.size == 0:
+            return _Item(row, remote, stored=EMPTY)
+        stored = self._known_content(entry)
+        if stored is not None:
+            result.reused_bytes += entry.size
+            return _Item(row, remote, stored=stored)
+        if data is None and entry.size <= CHUNK_SIZE:
+            hashed = self._hash(row, result)  # hashed in an earlier round whose put failed: its content is needed again
+            if hashed is None:
+                return None
+            row, data = hashed
+        return _Item(row, remote, data=data)
+
+    def _hash(self, row: LocalRow, result: PushResult) -> tuple[LocalRow, bytes | None] | None:
+        """Read a file between two equal stats; its failure is its own."""
+        try:
+            hashed, data = self._source.scanner.hash_file(row.path, keep=CHUNK_SIZE)
+        except FileChanged:
+            result.again.add(row.path)
+            return None
+        except DiskProblem as error:
+            self._source.note_problem(Problem(row.path, "unreadable", error.message), row.path)
+            return None
+        self._index.put_local([hashed])
+        return hashed, data
+
+    def _known_content(self, entry: Entry) -> Stored | None:
+        """Find content the bucket has already: under another name, or replaced and not yet freed."""
+        row = self._index.find_remote_content(entry.digest, entry.size)
+        if row is not None and row.publisher:
+            return stored_of(row)
+        return self._index.take_garbage(entry.digest, entry.size)
+
+    def _meta(self, row: LocalRow) -> ObjectMeta:
+        return object_meta(row.path, row.entry, publisher=self._options.publisher, extra=self._options.metadata)
+
+    async def _put_small(self, items: list[_Item], result: PushResult, meter: Meter) -> None:
+        puts = [
+            SmallPut(self._meta(item.row), item.data, item.stored, item.remote.seq if item.remote else None)
+            for item in items
+        ]
+        outcomes = await self._bucket.put_many(puts)
+        crash_point("metas_stored")
+        self._last_seq = max(self._last_seq, *(outcome.seq for outcome in outcomes))
+        await self._disk(lambda: self._remember_puts(zip(items, outcomes, strict=True), result))
+        for item in items:
+            meter.done(len(item.data) if item.data is not None else 0)
+
+    async def _put_large(self, items: list[_Item], result: PushResult, meter: Meter) -> None:
+        """Upload some large files side by side; the first failure that ends the round is raised after all are through."""
+        tasks = [asyncio.create_task(self._put_one(item, result, meter)) for item in items]
+        try:
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            for task in tasks:
+                task.cancel()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _put_one(self, item: _Item, result: PushResult, meter: Meter) -> None:
+        path = item.row.path
+        try:
+            stored = await self._upload(item.row, meter)
+            crash_point("content_stored")
+            expected = item.remote.seq if item.remote else None
+            seq = await self._bucket.put_meta(self._meta(item.row), stored, expected_seq=expected)
+        except FileChanged:
+            result.again.add(path)
+            return
+        except SyncdError as error:
+            outcome = PutResult(0, None, error)
+        else:
+            outcome = PutResult(seq, stored)
+            self._last_seq = max(self._last_seq, seq)
+        await self._disk(lambda: self._remember_puts([(item, outcome)], result))
+        meter.done(0)
+
+    async def _upload(self, row: LocalRow, meter: Meter) -> Stored:
+        """Send a file's content.
+
+        :raises FileChanged: what was sent is not what was hashed; nothing announces it and it is freed later.
+        """
+        try:
+            file = await asyncio.to_thread(self._source.scanner.open_file, row.path)
+        except DiskProblem as error:
+            raise FileChanged(error.message) from error  # it vanished, or may be read no more: look again
+        try:
+            stored = await self._bucket.upload(file, progress=meter.add)
+            await self._disk(lambda: self._index.add_garbage(stored.nuid, self._clock(), stored))
+            await asyncio.to_thread(file.check)
+        finally:
+            await asyncio.shield(asyncio.to_thread(file.close))
+        if stored.digest != row.entry.digest:
+            raise FileChanged(f"{printable(row.path)} changed between hashing and upload")
+        return stored
+
+    def _remember_puts(self, pairs: Iterable[tuple[_Item, PutResult]], result: PushResult) -> None:
+        """Write acknowledged puts into the index; a failed one is tried again.
+
+        :raises SyncdError: a failure that is not one path's (the store is away, full or sealed).
+        """
+        rows: list[RemoteRow] = []
+        replaced: list[RemoteRow] = []
+        fatal: Exception | None = None
+        for item, outcome in pairs:
+            if outcome.error is not None:
+                fatal = self._put_failed(item.row.path, outcome.error, result) or fatal
+                continue
+            stored = outcome.stored or item.stored or EMPTY
+            rows.append(_announced(item.row, stored, outcome.seq, self._options))
+            if item.remote is not None and item.remote.nuid != stored.nuid:
+                replaced.append(item.remote)
+            self._source.clear_problem(item.row.path)
+            result.puts += 1
+            result.uploaded_bytes += 0 if item.stored is not None else stored.size
+        with self._index.transaction():
+            self._index.put_remote(rows)
+            self._index.drop_garbage([row.nuid for row in rows])
+            self._discard(replaced)
+        if fatal is not None:
+            raise fatal
+
+    def _put_failed(self, path: str, error: Exception, result: PushResult) -> Exception | None:
+        """Sort one path's failure; returns it where the whole round must end."""
+        if isinstance(error, WriteConflict | StoreTimeout):
+            self._log.warning("put_refused", path=path, error=str(error))
+            result.again.add(path)
+            result.conflict = True
+            self._index.drop_remote([path])  # what we believed is stale: the retry writes over what is there
+            return None
+        if isinstance(error, SyncdError) and not is_transient(error) and not isinstance(error, BucketSealed):
+            self._source.note_problem(Problem(path, "refused", error.message), path)
+            return None
+        return error
+
+    def _discard(self, replaced: Iterable[RemoteRow]) -> None:
+        """Let the content of replaced or deleted objects go after the grace time, if no other name has it."""
+        rows = [row for row in replaced if row.chunks and row.nuid.startswith(NUID_PREFIX)]
+        used = self._index.nuids([row.nuid for row in rows])
+        for row in rows:
+            if row.nuid not in used:
+                self._index.add_garbage(row.nuid, self._clock(), stored_of(row))
+
+    # -- deletes ---------------------------------------------------------------------------------------------------
+
+    async def _delete_gone(self, touched: Collection[str] | None, result: PushResult, *, allow_delete: bool) -> None:
+        """Write tombstones for what the source no longer has.
+
+        :raises SafetyHalt: too many, and nobody allowed it.
+        """
+        deletes = await self._disk(lambda: sum(1 for _ in self._gone(touched)))
+        if deletes or touched is None:
+            published = await self._disk(self._index.count_ours)
+            peak = self._peak(published)
+        if deletes:
+            reason = publish_halt(peak - (published - deletes), peak, self._options.max_delete_percent)
+            if reason and not allow_delete:
+                raise SafetyHalt(
+                    f"folder {self._options.folder!r}: {reason}",
+                    hint=f"if that is meant: syncd allow {self._options.folder}, or syncd push --allow-delete",
+                )
+            if reason:
+                self._published.clear()
+        metadata = {PUBLISHER: self._options.publisher} | ({ALLOWED: "1"} if allow_delete else {})
+        while deletes > 0:
+            rows = await self._disk(lambda: [row for row, _ in zip(self._gone(touched), range(DELETE_PAGE), strict=False)])
+            if not rows:
+                return
+            deleted = await self._delete_rows(rows, metadata, result)
+            crash_point("tombstones_stored")
+            await self._disk(lambda deleted=deleted: self._forget_deleted(deleted))  # type: ignore[misc]
+            result.deletes += len(deleted)
+            deletes -= len(rows)
+
+    async def _delete_rows(
+        self, rows: list[RemoteRow], metadata: Mapping[str, str], result: PushResult
+    ) -> list[RemoteRow]:
+        gate = asyncio.Semaphore(PARALLEL_DELETES)
+        conflicts: list[str] = []
+
+        async def delete(row: RemoteRow) -> RemoteRow | None:
+            async with gate:
+                try:
+                    seq = await self._bucket.delete(row.path, expected_seq=row.seq, metadata=metadata)
+                except WriteConflict:
+                    conflicts.append(row.path)
+                    return None
+                self._last_seq = max(self._last_seq, seq)
+                return row
+
+        deleted = [row for row in await asyncio.gather(*map(delete, rows)) if row is not None]
+        if conflicts:
+            result.again.update(conflicts)
+            result.conflict = True
+            await self._disk(lambda: self._index.drop_remote(conflicts))
+        return deleted
+
+    def _peak(self, published: int) -> int:
+        """Return the most paths that were published within the halt window."""
+        now = self._clock()
+        self._published.append((now, published))
+        while self._published[0][0] < now - HALT_WINDOW_SECONDS:
+            self._published.popleft()
+        # Only falling maxima can ever be the peak again: drop what a later, higher count makes pointless.
+        while len(self._published) > 1 and self._published[-2][1] <= published:
+            del self._published[-2]
+        return max(count for _, count in self._published)
+
+    def _gone(self, touched: Collection[str] | None) -> Iterator[RemoteRow]:
+        for _, local, remote in self._index.diff(touched):
+            if remote is not None and local is None:
+                action = publish_action(None, remote.entry, remote_is_ours=bool(remote.publisher))
+                if action is PublishAction.DELETE:
+                    yield remote
+
+    def _forget_deleted(self, rows: list[RemoteRow]) -> None:
+        with self._index.transaction():
+            self._index.drop_remote([row.path for row in rows])
+            self._discard(rows)
+
+
+async def _feed_paths(watcher: PathWatcher, agenda: Agenda) -> None:
+    while True:
+        hints = await watcher.next(3600.0)
+        if hints.rescan:
+            agenda.full()
+        if hints.paths:
+            agenda.hint(hints.paths)
+
+
+def _announced(row: LocalRow, stored: Stored, seq: int, options: PublishOptions) -> RemoteRow:
+    """Return what the bucket announces after a put."""
+    entry = row.entry
+    if entry.kind is Kind.FILE:
+        entry = Entry(entry.kind, entry.mode, entry.mtime_ns, entry.size, stored.digest, stored.sha256)
+    return RemoteRow(
+        path=row.path,
+        entry=entry,
+        bucket=options.folder,
+        name=row.path,
+        nuid=stored.nuid,
+        chunks=stored.chunks,
+        chunk_size=stored.chunk_size,
+        seq=seq,
+        publisher=options.publisher,
+    )

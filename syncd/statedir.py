@@ -1,0 +1,158 @@
+"""The state directory: who may use it, what is where in it.
+
+    <state_dir>/lock                            held by the daemon; its text is the process id
+    <state_dir>/<role>-<folder>-<tag>/index.db  one index per folder and path, locked by SQLite
+    <state_dir>/status/<role>-<folder>-<tag>.json, daemon.json
+    <state_dir>/allow/<role>-<folder>           a person's word on a safety halt, used once
+    <state_dir>/nats/                           the embedded server's store
+
+Status files are caches for people: written by rename, never synced; a torn or foreign one is ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from syncd.errors import DiskProblem, Locked
+from syncd.status import Allowance, FolderStatus, path_tag
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+DAEMON_FILE = "daemon.json"
+
+
+class FileAllowance(Allowance):
+    """A person's word as an empty file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def give(self) -> None:
+        """Allow the held plan.
+
+        :raises DiskProblem: the state directory cannot be written.
+        """
+        try:
+            self._file.touch()
+        except OSError as error:
+            raise DiskProblem(f"cannot write {self._file}: {error.strerror}", hint="use the daemon's user") from error
+
+    def given(self) -> bool:
+        """See :class:`Allowance`."""
+        return self._file.exists()
+
+    def clear(self) -> None:
+        """See :class:`Allowance`. A word that cannot be removed is taken for one that stands."""
+        with contextlib.suppress(OSError):
+            self._file.unlink(missing_ok=True)
+
+
+class StateDir:
+    """One state directory. All methods block briefly."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def prepare(self) -> None:
+        """Make the directory.
+
+        :raises DiskProblem: it cannot be made or written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o750)
+            for name in ("status", "allow"):
+                (self.root / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise DiskProblem(
+                f"cannot use the state directory {self.root}: {error.strerror}",
+                hint="set daemon.state_dir to a directory that this user may write",
+            ) from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for one daemon.
+
+        :raises Locked: another daemon has it.
+        """
+        try:
+            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        except OSError as error:
+            raise DiskProblem(f"cannot lock the state directory {self.root}: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+                raise Locked(
+                    f"state directory {self.root} is in use by another syncd (process {holder or 'unknown'})",
+                    hint="stop it, or give this one a daemon.state_dir of its own",
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def index_file(self, role: str, folder: str, path: Path) -> Path:
+        """Return where a folder's index lives."""
+        return self.root / f"{role}-{folder}-{path_tag(str(path))}" / "index.db"
+
+    def allowance(self, role: str, folder: str) -> FileAllowance:
+        """Return where a person's word on a folder's safety halt is found."""
+        return FileAllowance(self.root / "allow" / f"{role}-{folder}")
+
+    # -- status ----------------------------------------------------------------------------------------------------
+
+    def write_status(self, name: str, data: dict[str, Any]) -> None:
+        """Replace one status file.
+
+        :raises OSError: the disk refuses; a status is not worth stopping for, the caller decides.
+        """
+        file = self.root / "status" / name
+        draft = file.with_name(f".{name}.{os.getpid()}")
+        draft.write_text(json.dumps(data))
+        draft.replace(file)
+
+    def drop_status(self, name: str) -> None:
+        """Remove one status file."""
+        (self.root / "status" / name).unlink(missing_ok=True)
+
+    def read_status(self) -> tuple[dict[str, Any] | None, list[FolderStatus]]:
+        """Return what the daemon wrote: its own record (``None``: never ran here) and the folders, sorted."""
+        folders: list[FolderStatus] = []
+        for file in sorted((self.root / "status").glob("[!.]*.json")):
+            data = _read_json(file)
+            if data is None or file.name == DAEMON_FILE:
+                continue
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                folders.append(FolderStatus.from_json(data))
+        return _read_json(self.root / "status" / DAEMON_FILE), folders
+
+    def daemon_runs(self) -> bool:
+        """Tell whether a daemon holds the directory now."""
+        try:
+            descriptor = os.open(self.root / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        else:
+            return False
+        finally:
+            os.close(descriptor)
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None

@@ -1,0 +1,1 @@
+"""JetStream: buckets, objects, notifications. Only this package imports nats."""

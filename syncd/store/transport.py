@@ -1,0 +1,709 @@
+"""Many messages at once over one connection: acknowledged publishing in a window, and batched direct gets.
+
+nats-py awaits one answer per request and one task switch per message; here one wildcard subscription per connection
+takes all answers in a callback (docs/performance.md). Rules kept here:
+ * a message is kept until the server has acknowledged it. After a reconnect or a silence it is sent again, in the
+   old order; :class:`Outgoing` says how a doubled one is recognised (``Nats-Msg-Id``);
+ * the window is bounded in bytes and adapts to the link: acknowledgements that come late make it smaller, so that a
+   slow link is neither flooded (its PONGs would drown) nor declared dead;
+ * silence is bounded, durations are not: while acknowledgements or pages arrive, nobody gives up;
+ * one minder task lives exactly as long as something waits; nothing else runs in the background;
+ * only :class:`SyncdError` leaves this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import nats.errors
+
+from syncd.errors import (
+    BadName,
+    BucketNotFound,
+    BucketSealed,
+    StoreFull,
+    StoreRejected,
+    StoreTimeout,
+    SyncdError,
+    Unavailable,
+    WriteConflict,
+)
+from syncd.retry import backoff
+from syncd.store.connection import MAX_CONTROL_LINE, Connection, NoResponders, as_syncd_error, send
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+MIN_WINDOW: Final = 160 * 1024
+START_WINDOW: Final = 512 * 1024
+MAX_WINDOW: Final = 16 * 1024 * 1024
+MIN_PAGE: Final = 128 * 1024
+MAX_PAGE: Final = 8 * 1024 * 1024
+MAX_IN_FLIGHT: Final = 4096
+"""Messages without acknowledgement, whatever their size."""
+
+QUICK_SECONDS: Final = 0.75
+SLOW_SECONDS: Final = 3.0
+"""An acknowledgement (or a page) that takes less makes the window grow, one that takes more makes it shrink."""
+
+TICK_SECONDS: Final = 0.25
+PROBE_SECONDS: Final = 0.25
+RESEND_SECONDS: Final = 12.0
+SILENCE_SECONDS: Final = 30.0
+NO_RESPONDERS_SECONDS: Final = 40.0
+"""A cluster elects a leader in some 5 s; meanwhile nobody answers on the stream's subjects."""
+OFFLINE_SECONDS: Final = 60.0
+META_SILENCE_SECONDS: Final = 5.0
+CHUNK_SILENCE_SECONDS: Final = 20.0
+"""A chunk of 128 KiB takes 13 s at 10 kB/s, and nats-py tells of whole messages only."""
+PAGE_TRIES: Final = 6
+NO_RESPONDERS_TRIES: Final = 3
+REQUEST_SECONDS: Final = 10.0
+REQUEST_TRIES: Final = 4
+
+_CONTROL_LINE_REST: Final = 64  # verb, blanks and lengths beside subject and reply
+_HEADER_REST: Final = 256
+_ACK = re.compile(rb'\{"stream":"[^"]*", ?"seq":(\d+)[,}]')
+_NO_RESPONDERS = "503"
+
+_FULL: Final = frozenset({10077, 10047, 10023, 10122})
+_CONFLICT: Final = frozenset({10071, 10070, 10164})
+_SEALED: Final = frozenset({10109})
+_NOT_FOUND: Final = frozenset({10059})
+NO_JETSTREAM: Final = frozenset({10039, 10076})
+TTL_DISABLED: Final = 10166
+ATOMIC_DISABLED: Final = 10174
+
+
+class ApiError(StoreRejected):
+    """The server's refusal with a code that has no word of ours."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Busy(Unavailable):
+    """The server sheds load; the same message may be taken in a moment."""
+
+
+def api_error(error: object, doing: str) -> SyncdError:  # noqa: PLR0911 - a table
+    """Translate the ``error`` object of a JetStream answer (https://docs.nats.io, "JetStream API errors")."""
+    fields = error if isinstance(error, dict) else {}
+    code = fields.get("err_code", 0)
+    status = fields.get("code", 0)
+    text = str(fields.get("description", "no reason given"))[:300]
+    if code in _FULL:
+        return StoreFull(f"{doing}: {text}", hint="raise max_bytes of the bucket, or free space on the server")
+    if code in _CONFLICT:
+        return WriteConflict(f"{doing}: somebody else wrote it since ({text})")
+    if code in _SEALED:
+        return BucketSealed(f"{doing}: the bucket is sealed")
+    if code in _NOT_FOUND:
+        return BucketNotFound(f"{doing}: the bucket does not exist")
+    if code in NO_JETSTREAM:
+        return Unavailable(f"{doing}: {text}")
+    if status in {429, 503}:
+        return Busy(f"{doing}: {text}")
+    return ApiError(f"{doing}: {text} (code {code})", code if isinstance(code, int) else 0)
+
+
+def read_json(payload: bytes, doing: str) -> dict[str, Any]:
+    """Read an answer of the JetStream API.
+
+    :raises SyncdError: the answer is an error, or unreadable.
+    """
+    try:
+        answer = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise Unavailable(f"{doing}: the server's answer is not readable") from None
+    if not isinstance(answer, dict):
+        raise Unavailable(f"{doing}: the server's answer is not readable")
+    if answer.get("error"):
+        raise api_error(answer["error"], doing)
+    return answer
+
+
+class Window:
+    """A bound on bytes under way that adapts to what the link carries. First come, first served."""
+
+    def __init__(self) -> None:
+        self.limit = START_WINDOW
+        self._used = 0
+        self._count = 0
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+        self._shrunk = 0.0
+
+    async def take(self, size: int) -> None:
+        """Wait for room; a single message passes whatever its size."""
+        async with self._turn:
+            while self._used and (self._used + size > self.limit or self._count >= MAX_IN_FLIGHT):
+                self._freed.clear()
+                await self._freed.wait()
+            self._used += size
+            self._count += 1
+
+    def give(self, size: int) -> None:
+        """Free what :meth:`take` took."""
+        self._used -= size
+        self._count -= 1
+        self._freed.set()
+
+    def learn(self, size: int, seconds: float, now: float) -> None:
+        """Grow by what came back quickly; halve, at most once in a while, when things come late."""
+        if seconds < QUICK_SECONDS:
+            self.limit = min(MAX_WINDOW, self.limit + size)
+        elif seconds > SLOW_SECONDS and now - self._shrunk > SLOW_SECONDS:
+            self._shrunk = now
+            self.shrink()
+
+    def shrink(self) -> None:
+        """Halve."""
+        self.limit = max(MIN_WINDOW, self.limit // 2)
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """One message on its way; :attr:`acked` becomes the stream sequence, or the error.
+
+    :ivar order: messages are sent, and sent again, in this order.
+    :ivar lane: the stream's name.
+    :ivar again: it may be sent a second time without knowing what became of the first: the server drops the double
+        by its ``Nats-Msg-Id``, or refuses it by the sequence it expects. A batch may not.
+    :ivar head: messages without an answer of their own, sent directly before it (a batch).
+    :ivar sends: how often it was sent; above 1 a double may have been stored in spite of all.
+    """
+
+    order: int
+    subject: str
+    payload: bytes
+    headers: Mapping[str, str]
+    lane: str
+    acked: asyncio.Future[int]
+    again: bool
+    head: Sequence[tuple[str, bytes, Mapping[str, str]]]
+    size: int
+    sends: int = 0
+    first_sent: float = 0.0
+    last_sent: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """The messages of one stream that were refused for the moment: held until one of them gets through."""
+
+    held: dict[int, Outgoing] = field(default_factory=dict)
+    reason: SyncdError = field(default_factory=lambda: Unavailable("refused"))
+    since: float = 0.0
+    next_probe: float = 0.0
+    open: bool = False
+    waits: Iterator[float] = field(default_factory=lambda: backoff(PROBE_SECONDS, 2.0))
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a page of a batched direct get ended.
+
+    :ivar found: ``False``: no message matched (404).
+    :ivar pending: matching messages after :attr:`last_seq`.
+    """
+
+    found: bool = True
+    pending: int = 0
+    last_seq: int = 0
+    up_to_seq: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _PageWait:
+    take: Callable[[Msg], None]
+    done: asyncio.Future[End]
+    subject: str
+    silence: float
+    heard: float
+
+
+class Transport:
+    """Pipelines over one :class:`Connection`, shared by all buckets of a store."""
+
+    def __init__(self, conn: Connection) -> None:
+        self.conn = conn
+        self.writing = Window()
+        self.reading = Window()
+        self._epoch = 0
+        self._client: Client | None = None
+        self._inbox = ""
+        self._orders = itertools.count(1)
+        self._ordered = asyncio.Lock()  # held while something is sent again: nothing may overtake it
+        self._minder: asyncio.Task[None] | None = None
+        self._out: dict[int, Outgoing] = {}
+        self._lanes: dict[str, _Lane] = {}
+        self._heard = 0.0
+        self._resent = 0.0
+        self._newest_acked = 0
+        self._undrained = 0
+        self._pages: dict[int, _PageWait] = {}
+        self._watches: dict[str, Callable[[], None]] = {}
+
+    # -- the connection's inbox ---------------------------------------------------------------------------------
+
+    async def _attach(self, max_seconds: float) -> Client:
+        """Return the connected client, with our inbox subscribed and all that is unacknowledged sent again.
+
+        :raises SyncdError: not connected within ``max_seconds``.
+        """
+        client = self._client
+        if client is not None and self._is_current(client) and not self._ordered.locked():
+            return client
+        await self.conn.client(max_seconds)  # waiting for a connection must not block those who hold one
+        async with self._ordered:
+            client = await self.conn.client(max_seconds)
+            if client is self._client:
+                return client
+            epoch = self.conn.epoch
+            inbox = client.new_inbox()
+            cut = len(inbox) + 1
+
+            async def on_answer(message: Msg) -> None:
+                self._on_answer(int(message.subject[cut:], 16), message)
+
+            self._watch_inbox(inbox)
+            try:
+                await client.subscribe(f"{inbox}.*", cb=on_answer, pending_msgs_limit=0, pending_bytes_limit=0)
+            except nats.errors.Error as exc:
+                raise as_syncd_error(exc, "subscribe to our inbox") from exc
+            self._fail_pages(_ended())
+            if self._client is not None and self._out:
+                self.writing.shrink()
+            self._client, self._epoch, self._inbox = client, epoch, inbox
+            await self._send_again(client, list(self._out.values()))
+            return client
+
+    def _is_current(self, client: Client) -> bool:
+        return self._epoch == self.conn.epoch and client.is_connected
+
+    def _watch_inbox(self, inbox: str) -> None:
+        """Hear at once that our inbox is not permitted; otherwise it looks like silence."""
+        previous = self._watches.pop("", None)
+        if previous is not None:
+            previous()
+        self._watches[""] = self.conn.on_denied(f"{inbox}.>", self._on_inbox_denied)
+
+    def _on_inbox_denied(self, error: SyncdError) -> None:
+        self._client = None  # subscribe anew next time: the right may have been granted meanwhile
+        self._fail_pages(error)
+        for out in list(self._out.values()):
+            self._fail(out, error)
+
+    def _watch_subject(self, subject: str) -> None:
+        """Hear at once that a subject, or all that begin with it up to the dot, is not permitted."""
+        if subject not in self._watches:
+
+            def denied(error: SyncdError) -> None:
+                self._fail_pages(error, subject)
+                for out in list(self._out.values()):
+                    if out.subject.startswith(subject):
+                        self._fail(out, error)
+
+            self._watches[subject] = self.conn.on_denied(subject, denied)
+
+    def _on_answer(self, token: int, message: Msg) -> None:
+        out = self._out.get(token)
+        if out is not None:
+            self._on_ack(out, message)
+            return
+        page = self._pages.get(token)
+        if page is not None and not page.done.done():
+            self._on_page(page, message)
+
+    # -- the minder ---------------------------------------------------------------------------------------------
+
+    def _mind(self) -> None:
+        if self._minder is None or self._minder.done():
+            loop = asyncio.get_running_loop()
+            self._heard = self._resent = loop.time()
+            self._minder = loop.create_task(self._mind_all(), name="store-transport")
+
+    async def _mind_all(self) -> None:
+        """Notice reconnects, silence and refusals, as long as anything waits."""
+        loop = asyncio.get_running_loop()
+        while self._out or self._pages:
+            await self.conn.wait_epoch(self._epoch, TICK_SECONDS)
+            client = self._client
+            if client is None or not self._is_current(client):
+                self._fail_pages(_ended())
+                if self._out:
+                    await self._come_back()
+                continue
+            now = loop.time()
+            self._mind_pages(now)
+            waiting = client.pending_data_size
+            if waiting < self._undrained:  # our buffer drains: a sign of life on a slow link
+                self._heard = now
+            self._undrained = waiting
+            for name, lane in list(self._lanes.items()):
+                await self._mind_lane(client, name, lane, now)
+            await self._mind_silence(client, now)
+
+    async def _come_back(self) -> None:
+        try:
+            await self._attach(OFFLINE_SECONDS)
+        except SyncdError as error:
+            for out in list(self._out.values()):
+                self._fail(out, error)
+        self._heard = self._resent = asyncio.get_running_loop().time()
+
+    def _mind_pages(self, now: float) -> None:
+        for page in list(self._pages.values()):
+            if now - page.heard > page.silence and not page.done.done():
+                page.done.set_exception(StoreTimeout(f"{page.subject}: silent for {page.silence:g} s"))
+
+    async def _mind_silence(self, client: Client, now: float) -> None:
+        """Send again what should have been acknowledged long ago; give up when nothing is heard at all."""
+        flying = [out for out in self._out.values() if not self._is_held(out)]
+        if not flying:
+            self._heard = now
+            return
+        quiet = now - max(self._heard, min(out.first_sent for out in flying))
+        if quiet > SILENCE_SECONDS:
+            for out in flying:
+                self._fail(out, StoreTimeout(f"no acknowledgement for {SILENCE_SECONDS:g} s"))
+            return
+        if now - self._resent < RESEND_SECONDS or client.pending_data_size:
+            return
+        overtaken = [
+            out
+            for out in flying
+            if now - out.last_sent > RESEND_SECONDS and (quiet > RESEND_SECONDS or out.order < self._newest_acked)
+        ]
+        if overtaken:
+            self._resent = now
+            await self._send_again_in_order(client, overtaken)
+
+    async def _send_again_in_order(self, client: Client, outs: list[Outgoing]) -> None:
+        async with self._ordered:
+            if client is self._client:
+                await self._send_again(client, outs)
+
+    async def _send_again(self, client: Client, outs: list[Outgoing]) -> None:
+        for out in sorted(outs, key=lambda item: item.order):
+            if self._out.get(out.order) is not out or self._is_held(out):
+                continue
+            if out.again:
+                await self._send(client, out)
+            else:
+                self._fail(out, StoreTimeout("the acknowledgement was lost"))
+
+    # -- publishing ---------------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: Mapping[str, str],
+        *,
+        lane: str,
+        head: Sequence[tuple[str, bytes, Mapping[str, str]]] = (),
+        again: bool = True,
+    ) -> Outgoing:
+        """Send a message as soon as the window has room; ``acked`` of what this returns is the answer.
+
+        The caller awaits ``acked``, or calls :meth:`forget`.
+
+        :param lane, head, again: see :class:`Outgoing`.
+        :raises SyncdError: not connected for a minute, or refused before it was sent.
+        """
+        loop = asyncio.get_running_loop()
+        size = len(payload) + len(subject) + _HEADER_REST
+        size += sum(len(data) + len(at) + _HEADER_REST for at, data, _ in head)
+        await self.writing.take(size)
+        try:
+            client = await self._attach(OFFLINE_SECONDS)
+            for at, data, headed in (*head, (subject, payload, headers)):
+                _check_size(client, at, len(self._inbox) + 18, data, headed)
+        except BaseException:
+            self.writing.give(size)
+            raise
+        for at in {*(at for at, _, _ in head), subject}:
+            self._watch_subject(at[: at.rindex(".") + 1])
+        out = Outgoing(next(self._orders), subject, payload, headers, lane, loop.create_future(), again, head, size)
+        out.first_sent = loop.time()
+        self._out[out.order] = out
+        self._mind()
+        held = self._lanes.get(lane)
+        if held is not None and again:
+            held.held[out.order] = out
+            return out
+        try:
+            await self._send(client, out)
+        except BaseException:
+            self.forget(out)
+            raise
+        return out
+
+    async def send_and_wait(self, subject: str, payload: bytes, headers: Mapping[str, str], *, lane: str) -> int:
+        """Publish one message and wait for its acknowledgement: the stream sequence."""
+        out = await self.publish(subject, payload, headers, lane=lane)
+        try:
+            return await out.acked
+        finally:
+            self.forget(out)
+
+    def forget(self, out: Outgoing) -> None:
+        """Stop waiting for a message; it may still be stored."""
+        if self._out.pop(out.order, None) is not None:
+            self._unhold(out)
+            self.writing.give(out.size)
+            out.acked.cancel()
+
+    async def _send(self, client: Client, out: Outgoing) -> None:
+        """Hand a message to nats-py; where the connection ends under it, the minder takes it up again."""
+        now = asyncio.get_running_loop().time()
+        out.sends += 1
+        out.last_sent = now
+        reply = f"{self._inbox}.{out.order:x}"
+        deadline = now + OFFLINE_SECONDS
+        try:
+            for at, data, headers in out.head:
+                await send(client, at, data, headers=headers, deadline=deadline)
+            await send(client, out.subject, out.payload, reply=reply, headers=out.headers, deadline=deadline)
+        except (nats.errors.Error, OSError) as exc:  # OSError: TimeoutError, the buffer stayed full
+            if not out.again:
+                self._fail(out, as_syncd_error(exc, "publish"))
+
+    def _on_ack(self, out: Outgoing, message: Msg) -> None:
+        found = _ACK.match(message.data)
+        if found is not None:
+            self._succeed(out, int(found[1]))
+            return
+        self._heard = asyncio.get_running_loop().time()
+        doing = "publish"
+        if message.headers and message.headers.get("Status") == _NO_RESPONDERS:
+            error: SyncdError = NoResponders(f"{doing}: nobody answers on {out.subject[:80]}")
+        else:
+            error = Unavailable(f"{doing}: the acknowledgement is not readable")
+            try:
+                seq = read_json(message.data, doing).get("seq")
+            except SyncdError as refusal:
+                error = refusal
+            else:
+                if type(seq) is int:
+                    self._succeed(out, seq)
+                    return
+        if out.again and isinstance(error, NoResponders | Busy):
+            self._hold(out, error)
+        else:
+            self._fail(out, error)
+
+    def _succeed(self, out: Outgoing, seq: int) -> None:
+        now = self._heard = asyncio.get_running_loop().time()
+        del self._out[out.order]
+        self._newest_acked = max(self._newest_acked, out.order)
+        self.writing.give(out.size)
+        self.writing.learn(out.size, now - out.last_sent, now)
+        self._unhold(out)
+        lane = self._lanes.get(out.lane)
+        if lane is not None:
+            lane.open = True
+        if not out.acked.done():
+            out.acked.set_result(seq)
+
+    def _fail(self, out: Outgoing, error: SyncdError) -> None:
+        if self._out.pop(out.order, None) is None:
+            return
+        self.writing.give(out.size)
+        self._unhold(out)
+        if not out.acked.done():
+            out.acked.set_exception(error)
+            out.acked.exception()  # counts as seen: its caller may have been cancelled
+
+    # -- refused for the moment: no leader, or busy ---------------------------------------------------------------
+
+    def _is_held(self, out: Outgoing) -> bool:
+        lane = self._lanes.get(out.lane)
+        return lane is not None and out.order in lane.held
+
+    def _hold(self, out: Outgoing, reason: SyncdError) -> None:
+        lane = self._lanes.get(out.lane)
+        now = asyncio.get_running_loop().time()
+        if lane is None:
+            lane = self._lanes[out.lane] = _Lane(since=now, next_probe=now + PROBE_SECONDS)
+        lane.held[out.order] = out
+        lane.reason = reason
+        lane.open = False
+
+    def _unhold(self, out: Outgoing) -> None:
+        lane = self._lanes.get(out.lane)
+        if lane is not None:
+            lane.held.pop(out.order, None)
+            if not lane.held and not any(other.lane == out.lane for other in self._out.values()):
+                del self._lanes[out.lane]
+
+    async def _mind_lane(self, client: Client, name: str, lane: _Lane, now: float) -> None:
+        """Send the oldest of the held messages as a probe; when one got through, all, in order.
+
+        Sending all of them at once could store a later one before an earlier one while a leader is being elected.
+        """
+        if lane.open:
+            del self._lanes[name]
+            await self._send_again_in_order(client, list(lane.held.values()))
+            return
+        if now - lane.since > NO_RESPONDERS_SECONDS:
+            for out in list(lane.held.values()):
+                self._fail(out, lane.reason)
+            return
+        if not lane.held or now < lane.next_probe or any(out.lane == name and out.order not in lane.held for out in self._out.values()):
+            return
+        lane.next_probe = now + next(lane.waits)
+        if isinstance(lane.reason, NoResponders) and await self._is_gone(name):
+            for out in list(lane.held.values()):
+                self._fail(out, BucketNotFound(f"bucket {name.removeprefix('OBJ_')!r} does not exist"))
+            return
+        if lane.held:
+            probe = lane.held.pop(min(lane.held))
+            await self._send_again_in_order(client, [probe])
+
+    async def _is_gone(self, stream: str) -> bool:
+        """Tell whether the server says that there is no such stream; where we may not ask, it does not."""
+        try:
+            answer = await self.conn.request(f"{self.conn.api}.STREAM.INFO.{stream}", max_seconds=2)
+            read_json(answer.data, "stream info")
+        except BucketNotFound:
+            return True
+        except SyncdError:
+            return False
+        return False
+
+    # -- batched direct gets --------------------------------------------------------------------------------------
+
+    async def page(self, subject: str, request: Mapping[str, Any], take: Callable[[Msg], None], silence: float) -> End:
+        """Ask for one page; ``take`` is called in the event loop with every message, and must not wait.
+
+        :param silence: seconds without any message after which it counts as lost.
+        :raises NoResponders: no such stream, or direct get is not allowed.
+        :raises Unavailable, StoreTimeout, NotPermitted: no connection, silence, no right.
+        :raises StoreRejected: the request is not one the server understands.
+        """
+        client = await self._attach(REQUEST_SECONDS)
+        loop = asyncio.get_running_loop()
+        payload = json.dumps(request, separators=(",", ":")).encode()
+        token = next(self._orders)
+        reply = f"{self._inbox}.{token:x}"
+        self._watch_subject(subject)
+        wait = _PageWait(take, loop.create_future(), subject, silence, loop.time())
+        self._pages[token] = wait
+        self._mind()
+        try:
+            _check_size(client, subject, len(reply), payload, {})
+            await send(client, subject, payload, reply=reply, deadline=loop.time() + silence)
+            return await wait.done
+        except (nats.errors.Error, OSError) as exc:
+            raise as_syncd_error(exc, subject) from exc
+        finally:
+            del self._pages[token]
+            if wait.done.done() and not wait.done.cancelled():
+                wait.done.exception()
+
+    def _on_page(self, page: _PageWait, message: Msg) -> None:
+        page.heard = asyncio.get_running_loop().time()
+        headers = message.headers
+        # A stored message may carry a header "Status" of its own; the server's verdicts name no stream.
+        status = headers.get("Status") if headers and "Nats-Stream" not in headers else None
+        if status is None:
+            try:
+                page.take(message)
+            except SyncdError as error:
+                page.done.set_exception(error)
+            return
+        assert headers is not None
+        if status == "204":
+            page.done.set_result(
+                End(
+                    pending=header_int(headers, "Nats-Num-Pending"),
+                    last_seq=header_int(headers, "Nats-Last-Sequence"),
+                    up_to_seq=header_int(headers, "Nats-UpTo-Sequence"),
+                )
+            )
+        elif status == "404":
+            page.done.set_result(End(found=False))
+        elif status == _NO_RESPONDERS:
+            page.done.set_exception(NoResponders(f"nobody answers on {page.subject}"))
+        else:
+            text = f"{page.subject}: {status} {headers.get('Description', '')}"
+            page.done.set_exception(StoreRejected(text.strip()))
+
+    def _fail_pages(self, error: SyncdError, subject: str = "") -> None:
+        for page in list(self._pages.values()):
+            if not page.done.done() and subject in {"", page.subject}:
+                page.done.set_exception(error)
+
+    def page_bytes(self) -> int:
+        """How much to ask for in one page, as far as the link is known."""
+        return max(MIN_PAGE, min(MAX_PAGE, self.reading.limit // 2))
+
+    async def collect(self, subject: str, request: Mapping[str, Any], silence: float) -> tuple[list[Msg], End]:
+        """Ask for one page until it is complete, a bounded number of times, and return its messages in order.
+
+        :raises SyncdError: as :meth:`page`.
+        """
+        loop = asyncio.get_running_loop()
+        waits = backoff(0.1, 2.0)
+        refusals = 0
+        size = int(request.get("max_bytes", MIN_PAGE))
+        for attempt in itertools.count(1):
+            messages: list[Msg] = []
+            await self.reading.take(size)
+            began = loop.time()
+            try:
+                end = await self.page(subject, request, messages.append, silence)
+            except NoResponders:
+                refusals += 1
+                if refusals >= NO_RESPONDERS_TRIES:
+                    raise
+            except (Unavailable, StoreTimeout):
+                self.reading.shrink()
+                if attempt >= PAGE_TRIES:
+                    raise
+            else:
+                now = loop.time()
+                self.reading.learn(size, now - began, now)
+                return messages, end
+            finally:
+                self.reading.give(size)
+            await asyncio.sleep(next(waits))
+        raise AssertionError("unreachable")
+
+
+def header_int(headers: Mapping[str, str], name: str) -> int:
+    """Read a decimal header, 0 where it is absent or something else."""
+    text = headers.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0  # noqa: PLR2004 - an uint64
+
+
+def _ended() -> Unavailable:
+    return Unavailable("the connection ended before the answer came")
+
+
+def _check_size(client: Client, subject: str, reply_size: int, payload: bytes, headers: Mapping[str, str]) -> None:
+    """Refuse what would make the server close the connection under everybody.
+
+    :raises BadName: the subject is too long for the server's control line.
+    :raises StoreRejected: the message is too large.
+    """
+    if len(subject) + reply_size + _CONTROL_LINE_REST > MAX_CONTROL_LINE:
+        raise BadName(f"a subject of {len(subject)} bytes is too long for the server")
+    size = len(payload) + sum(len(key) + 4 + len(value) * 4 for key, value in headers.items()) + 16
+    if size > client.max_payload:
+        raise StoreRejected(
+            f"a message of {size} bytes is more than the server takes ({client.max_payload})",
+            hint="raise max_payload in the server's configuration",
+        )

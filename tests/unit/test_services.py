@@ -1,0 +1,428 @@
+"""Publisher and subscriber on the memory twin: what one round does, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from syncd.errors import SafetyHalt
+from syncd.publisher import Publisher, PublishOptions
+from syncd.rules import Rules
+from syncd.status import FolderStatus, StatusKeeper
+from syncd.store.base import BucketSpec, Link, ObjectMeta, SmallPut
+from syncd.store.memory import MemoryStore
+from syncd.subscriber import Subscriber, SubscribeOptions
+from tests.support.trees import difference
+
+
+def keeper(role: Any) -> StatusKeeper:
+    return StatusKeeper(FolderStatus(role, "app", "/"), clock=time.time, report=lambda _: None)
+
+
+class World:
+    """One store, one source, one mirror."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.tmp = tmp
+        self.store = MemoryStore()
+        self.source = tmp / "source"
+        self.mirror = tmp / "mirror"
+        self.source.mkdir()
+        self.options: dict[str, Any] = {}
+        self.clock = time.time
+
+    async def push(self, **arguments: Any) -> Any:
+        rules = self.options.get("rules", Rules())
+        options = PublishOptions("app", self.source, rules, "here:/source", **self.publish_options())
+        publisher = Publisher(
+            options, self.store, self.tmp / "publish.db", status=keeper("publish"), clock=self.clock
+        )
+        return await publisher.push(**arguments)
+
+    def publish_options(self) -> dict[str, Any]:
+        return {key: value for key, value in self.options.items() if key not in {"rules", "drift"}}
+
+    async def pull(self, **arguments: Any) -> Any:
+        options = SubscribeOptions("app", self.mirror, Rules(), drift=self.options.get("drift", "repair"))
+        subscriber = Subscriber(options, self.store, self.tmp / "mirror.db", status=keeper("subscribe"))
+        return await subscriber.pull(**arguments)
+
+    async def foreign_put(self, name: str, data: bytes, **metadata: str) -> None:
+        await self.store.create_bucket("app", BucketSpec())
+        [result] = await self.store.bucket("app").put_many(
+            [SmallPut(ObjectMeta(name, metadata=metadata), data, None, None)]
+        )
+        assert result.error is None
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def write(path: Path, text: str | bytes = "x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+async def test_a_tree_arrives_with_kinds_modes_times_and_link_texts(world: World) -> None:
+    """Files, empty files, directories, symlinks, modes and nanoseconds are the same on the other side."""
+    write(world.source / "a.txt", "hello")
+    write(world.source / "empty", "")
+    write(world.source / "big", os.urandom(700_000))
+    write(world.source / "bin/tool", "#!/bin/sh\n").chmod(0o755)
+    (world.source / "void").mkdir(mode=0o700)
+    (world.source / "link").symlink_to("bin/tool")
+    os.utime(world.source / "a.txt", ns=(0, 1_234_567_890_123_456_789))
+    os.utime(world.source / "empty", ns=(0, -5_000_000_001))
+    pushed = await world.push()
+    assert (pushed.problems, pushed.again) == ([], set())
+    pulled = await world.pull()
+    assert pulled.problems == []
+    assert difference(world.source, world.mirror) == {}
+
+
+async def test_nothing_to_do_does_nothing(world: World) -> None:
+    """A second round over an unchanged tree writes no object and no file."""
+    write(world.source / "d/a.txt")
+    await world.push()
+    await world.pull()
+    pushed, pulled = await world.push(), await world.pull()
+    assert (pushed.puts, pushed.deletes, pulled.placed, pulled.removed) == (0, 0, 0, 0)
+
+
+async def test_renames_copies_and_reverts_cost_no_upload(world: World) -> None:
+    """Content that the bucket has under any name, or had a moment ago, is not sent again."""
+    write(world.source / "a", os.urandom(300_000))
+    write(world.source / "keep", "k")
+    await world.push()
+    (world.source / "a").rename(world.source / "b")
+    assert (await world.push(allow_delete=True)).uploaded_bytes == 0
+    content = (world.source / "b").read_bytes()
+    write(world.source / "c/copy", content)
+    assert (await world.push()).uploaded_bytes == 0
+    write(world.source / "b", "other")
+    (world.source / "c/copy").unlink()
+    await world.push()
+    write(world.source / "b", content)
+    assert (await world.push()).uploaded_bytes == 0
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
+
+
+async def test_identical_files_in_one_push_are_sent_once(world: World) -> None:
+    """Twins within one batch share their content."""
+    for number in range(50):
+        write(world.source / f"f{number}", b"same" * 5000)
+    assert (await world.push()).uploaded_bytes == 20_000
+
+
+async def test_kinds_may_change_at_one_path(world: World) -> None:
+    """File, directory and symlink replace one another in both directions."""
+    write(world.source / "x", "file")
+    write(world.source / "y/inner/file", "deep")
+    (world.source / "z").symlink_to("x")
+    write(world.source / "keep", "k")
+    await world.push()
+    await world.pull()
+    (world.source / "x").unlink()
+    write(world.source / "x/now/dir", "d")
+    for path in ("y/inner/file", "z"):
+        (world.source / path).unlink()
+    (world.source / "y/inner").rmdir()
+    (world.source / "y").rmdir()
+    write(world.source / "y", "now a file")
+    (world.source / "z").mkdir()
+    await world.push(allow_delete=True)
+    result = await world.pull(allow_delete=True)
+    assert result.problems == []
+    assert difference(world.source, world.mirror) == {}
+
+
+@pytest.mark.fault("D1")
+async def test_an_emptied_source_is_held_until_allowed(world: World) -> None:
+    """A plan that deletes everything halts; with a person's word it passes, and mirrors follow."""
+    write(world.source / "a")
+    write(world.source / "b")
+    await world.push()
+    await world.pull()
+    for name in ("a", "b"):
+        (world.source / name).unlink()
+    with pytest.raises(SafetyHalt, match="all 2 published paths"):
+        await world.push()
+    await world.pull()
+    assert (world.mirror / "a").exists()
+    await world.push(allow_delete=True)
+    await world.pull()
+    assert list(world.mirror.iterdir()) == [world.mirror / ".syncd"]
+
+
+@pytest.mark.fault("D1")
+async def test_a_bucket_that_came_back_empty_does_not_empty_a_mirror(world: World) -> None:
+    """Absence without tombstones is doubt: the mirror is held."""
+    write(world.source / "a")
+    await world.push()
+    await world.pull()
+    world.store = MemoryStore()
+    await world.store.create_bucket("app", BucketSpec())
+    with pytest.raises(SafetyHalt, match="all 1 mirrored"):
+        await world.pull()
+    assert (world.mirror / "a").read_text() == "x"
+
+
+@pytest.mark.fault("D5 D3")
+async def test_only_what_syncd_wrote_is_removed(world: World) -> None:
+    """A local file in a directory that was removed upstream stays, and so does its directory."""
+    write(world.source / "d/a")
+    write(world.source / "keep")
+    await world.push()
+    await world.pull()
+    write(world.mirror / "d/local", "mine")
+    write(world.mirror / "other", "mine too")
+    (world.source / "d/a").unlink()
+    (world.source / "d").rmdir()
+    await world.push(allow_delete=True)
+    await world.pull()
+    assert (world.mirror / "d/local").read_text() == "mine"
+    assert (world.mirror / "other").read_text() == "mine too"
+    assert not (world.mirror / "d/a").exists()
+
+
+@pytest.mark.fault("C6")
+async def test_a_lost_state_adopts_what_is_there_by_digest(world: World) -> None:
+    """Without an index on either side nothing is sent or fetched again."""
+    write(world.source / "a", os.urandom(400_000))
+    write(world.source / "d/b", "small")
+    await world.push()
+    await world.pull()
+    for name in ("publish.db", "mirror.db"):
+        (world.tmp / name).unlink()
+    pushed, pulled = await world.push(), await world.pull()
+    assert (pushed.uploaded_bytes, pulled.downloaded_bytes) == (0, 0)
+    assert difference(world.source, world.mirror) == {}
+
+
+async def test_drift_is_repaired(world: World) -> None:
+    """A mirror file that was edited, removed, chmodded or replaced is put right again."""
+    for name in "abcde":
+        write(world.source / f"d/{name}", name * 100)
+    await world.push()
+    await world.pull()
+    write(world.mirror / "d/a", "edited")
+    (world.mirror / "d/b").unlink()
+    (world.mirror / "d/c").chmod(0o600)
+    (world.mirror / "d/d").unlink()
+    (world.mirror / "d/d").symlink_to("/etc/passwd")
+    (world.mirror / "d/e").unlink()
+    (world.mirror / "d/e").mkdir()
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
+
+
+@pytest.mark.parametrize("policy", ["report", "keep"])
+async def test_drift_stays_under_the_other_policies(world: World, policy: str) -> None:
+    """An edited or removed mirror file is left as it is; only "report" makes it a problem."""
+    write(world.source / "a", "one")
+    write(world.source / "b", "two")
+    await world.push()
+    await world.pull()
+    world.options["drift"] = policy
+    write(world.mirror / "a", "edited here")
+    (world.mirror / "b").unlink()
+    for _ in range(2):
+        result = await world.pull()
+        assert (world.mirror / "a").read_text() == "edited here"
+        assert not (world.mirror / "b").exists()
+        assert [problem.code for problem in result.problems] == (["drift"] * 2 if policy == "report" else [])
+
+
+@pytest.mark.fault("L1")
+async def test_a_planted_symlink_is_healed_and_never_followed(world: World) -> None:
+    """A mirror directory swapped for a symlink to the outside: nothing is written there, the directory comes back."""
+    outside = world.tmp / "outside"
+    outside.mkdir()
+    write(world.source / "d/f", "one")
+    await world.push()
+    await world.pull()
+    (world.mirror / "d/f").unlink()
+    (world.mirror / "d").rmdir()
+    (world.mirror / "d").symlink_to(outside)
+    write(world.source / "d/f", "two")
+    await world.push()
+    await world.pull()
+    assert list(outside.iterdir()) == []
+    assert difference(world.source, world.mirror) == {}
+
+
+@pytest.mark.fault("P1 P6 P7")
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//b", "./a", ".", "..", "a/", "n\0ul", ".syncd/lock"])
+async def test_hostile_names_are_refused_and_the_rest_goes_on(world: World, name: str) -> None:
+    """A name that could leave the root is reported, writes nothing, and does not stop the others."""
+    await world.foreign_put(name, b"evil")
+    await world.foreign_put("good", b"fine")
+    result = await world.pull()
+    assert [(problem.path, problem.code) for problem in result.problems] == [(name, "bad_name")]
+    assert (world.mirror / "good").read_bytes() == b"fine"
+    assert not (world.tmp / "x").exists()
+    assert sorted(path.name for path in world.mirror.iterdir()) == [".syncd", "good"]
+
+
+async def test_objects_of_other_clients_get_sane_defaults(world: World) -> None:
+    """An object without syncd's metadata becomes a 0644 file; its directories are made and removed with it."""
+    await world.foreign_put("deep/er/file.txt", b"data")
+    await world.foreign_put("stay", b"s")
+    await world.pull()
+    file = world.mirror / "deep/er/file.txt"
+    assert (file.read_bytes(), file.stat().st_mode & 0o7777, file.parent.stat().st_mode & 0o7777) == (b"data", 0o644, 0o755)
+    assert (await world.pull()).placed == 0
+    await world.store.bucket("app").delete("deep/er/file.txt", expected_seq=None, metadata={})
+    await world.pull()
+    assert not (world.mirror / "deep").exists()
+
+
+async def test_links_are_followed(world: World) -> None:
+    """An object link brings its target's content, a bucket link a bucket's objects; both follow changes and vanish."""
+    await world.foreign_put("target", b"one")
+    await world.store.create_bucket("other", BucketSpec())
+    other = world.store.bucket("other")
+    await other.put_many([SmallPut(ObjectMeta("sub/f"), b"far", None, None)])
+    bucket = world.store.bucket("app")
+    await bucket.put_link("alias", Link("app", "target"))
+    await bucket.put_link("mount", Link("other", None))
+    await bucket.put_link("dead", Link("app", "nothing"))
+    result = await world.pull()
+    assert (world.mirror / "alias").read_bytes() == b"one"
+    assert (world.mirror / "mount/sub/f").read_bytes() == b"far"
+    assert [(problem.path, problem.code) for problem in result.problems] == [("dead", "dead_link")]
+    await world.foreign_put("target", b"two!")
+    await other.delete("sub/f", expected_seq=None, metadata={})
+    await other.put_many([SmallPut(ObjectMeta("g"), b"new", None, None)])
+    await world.pull()
+    assert (world.mirror / "alias").read_bytes() == b"two!"
+    assert not (world.mirror / "mount/sub").exists()
+    assert (world.mirror / "mount/g").read_bytes() == b"new"
+
+
+@pytest.mark.fault("W5")
+async def test_a_missing_source_is_a_problem_and_not_a_deletion(world: World) -> None:
+    """The bucket stays as it is while the source's root is gone."""
+    write(world.source / "a")
+    await world.push()
+    world.source.rename(world.tmp / "elsewhere")
+    with pytest.raises(Exception, match="source"):
+        await world.push(allow_delete=True)
+    await world.pull()
+    assert (world.mirror / "a").exists()
+
+
+async def test_an_object_that_another_client_wrote_is_not_deleted(world: World) -> None:
+    """The publisher tombstones only what syncd wrote, and overwrites only what the source has."""
+    await world.foreign_put("theirs", b"t")
+    await world.foreign_put("both", b"b")
+    write(world.source / "both", "ours")
+    write(world.source / "c", "c")
+    await world.push()
+    (world.source / "c").unlink()
+    await world.push(allow_delete=True)
+    await world.pull()
+    assert {path.name: path.read_text() for path in world.mirror.iterdir() if path.is_file()} == {
+        "theirs": "t",
+        "both": "ours",
+    }
+
+
+@pytest.mark.fault("O4")
+async def test_replaced_content_is_freed_after_the_grace_time_and_not_before(world: World) -> None:
+    """Chunks of the version before stay for readers, then go; chunks in use stay."""
+    now = time.time()
+    world.clock = lambda: now  # type: ignore[assignment]
+    write(world.source / "a", "one")
+    write(world.source / "b", "stays")
+    await world.push()
+    write(world.source / "a", "two")
+    await world.push()
+    bucket = world.store.bucket("app")
+
+    async def nuids() -> int:
+        return sum([len(page) async for page in bucket.list_chunks()])
+
+    assert await nuids() == 3
+    now += 599
+    await world.push()
+    assert await nuids() == 3
+    now += 2
+    await world.push()
+    assert await nuids() == 2
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
+
+
+async def test_chunks_that_somebody_removed_are_uploaded_again(world: World) -> None:
+    """The audit finds announced content that is gone and puts it again."""
+    write(world.source / "a", "one")
+    await world.push()
+    bucket = world.store.bucket("app")
+    async for page in bucket.list_chunks():
+        for nuid in page:
+            await bucket.remove_chunks(nuid)
+    assert (await world.push()).uploaded_bytes == 3
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
+
+
+async def test_a_touch_sends_metadata_only(world: World) -> None:
+    """A new time or mode is a metadata message; the mirror's file keeps its inode."""
+    write(world.source / "a", os.urandom(300_000))
+    await world.push()
+    await world.pull()
+    inode = (world.mirror / "a").stat().st_ino
+    os.utime(world.source / "a", ns=(0, 42))
+    (world.source / "a").chmod(0o640)
+    pushed, pulled = await world.push(), await world.pull()
+    assert (pushed.uploaded_bytes, pulled.downloaded_bytes) == (0, 0)
+    assert (world.mirror / "a").stat().st_ino == inode
+    assert difference(world.source, world.mirror) == {}
+
+
+@pytest.mark.fault("S3")
+async def test_an_unreadable_file_is_reported_and_keeps_what_was_published(world: World) -> None:
+    """What cannot be read is neither deleted nor fatal."""
+    write(world.source / "a", "one")
+    write(world.source / "b", "b")
+    await world.push()
+    scan = __import__("syncd.scan", fromlist=["os"])
+    real = os.open
+
+    def refuse(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path == "a":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    write(world.source / "a", "two!")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan.os, "open", refuse)
+        result = await world.push()
+    assert [(problem.path, problem.code) for problem in result.problems] == [("a", "unreadable")]
+    await world.pull()
+    assert (world.mirror / "a").read_text() == "one"
+    await world.push()
+    await world.pull()
+    assert (world.mirror / "a").read_text() == "two!"
+
+
+async def test_concurrent_rounds_of_two_mirrors_share_a_bucket(world: World) -> None:
+    """Two mirrors of one bucket are equal."""
+    for number in range(200):
+        write(world.source / f"d{number % 7}/f{number}", str(number))
+    await world.push()
+    second = World.__new__(World)
+    second.__dict__.update(world.__dict__ | {"mirror": world.tmp / "mirror2", "tmp": world.tmp / "two"})
+    (world.tmp / "two").mkdir()
+    await asyncio.gather(world.pull(), second.pull())
+    assert difference(world.source, world.mirror) == difference(world.source, second.mirror) == {}
