@@ -91,16 +91,12 @@ class _Checks:
         self.say(loc, text, "warning")
 
     def folders(self) -> None:
-        """One bucket has one publisher; one host keeps one index, so one mirror, per folder."""
-        for section, verb in (("publish", "published"), ("subscribe", "subscribed")):
-            seen: dict[str, int] = {}
-            for number, item in enumerate(getattr(self.settings, section)):
-                first = seen.setdefault(item.folder, number)
-                if first != number:
-                    self.say(
-                        (section, number, "folder"),
-                        f'folder "{item.folder}" is already {verb} by {section}.{first}',
-                    )
+        """One bucket has one publisher; it may have several mirrors, on one host too."""
+        seen: dict[str, int] = {}
+        for number, item in enumerate(self.settings.publish):
+            first = seen.setdefault(item.folder, number)
+            if first != number:
+                self.say(("publish", number, "folder"), f'folder "{item.folder}" is already published by publish.{first}')
 
     def roots(self) -> None:
         """Refuse mirrors that overlap with one another or a source: A -> B -> A is a loop."""

@@ -343,7 +343,7 @@ def status(settings: Settings, watch: bool, as_json: bool) -> int:  # noqa: FBT0
     state = StateDir(settings.daemon.state_dir)
     while True:
         daemon, folders = state.read_status()
-        running = state.daemon_runs()
+        running = state.daemon_runs() and daemon is not None and time.time() - daemon.get("beat", 0) < STALE_SECONDS
         if as_json:
             _print_json({"running": running, "daemon": daemon, "folders": [one.to_json() for one in folders]})
         else:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from syncd.publisher import PublishOptions
+    from syncd.holdings import PublishOptions
     from syncd.settings import Settings
     from syncd.status import Role
     from syncd.store.base import Store
@@ -45,6 +45,8 @@ log = structlog.get_logger()
 
 DRAIN_SECONDS = 4.0
 STATUS_SECONDS = 0.2
+BEAT_SECONDS = 10.0
+"""How often daemon.json is written at least; `syncd status` calls three times as much a stuck daemon."""
 SETTLED = {FolderState.IN_SYNC, FolderState.WAITING, FolderState.HALTED, FolderState.FAILED}
 
 
@@ -67,6 +69,7 @@ async def run_daemon(settings: Settings, config: Path | None, environ: Mapping[s
                 daemon = _Daemon(settings, state, board)
                 stack.push_async_callback(daemon.stop)
                 await daemon.start()
+                board.check_ready()
                 log.info("daemon_started", version=__version__, host=settings.daemon.host, folders=len(daemon.folders))
                 while (wish := await signals.next()) == "reload":
                     sd_notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -99,7 +102,7 @@ async def _reload(daemon: _Daemon, config: Path | None, environ: Mapping[str, st
         settings = await asyncio.to_thread(load, config, environ)
         _check(settings)
     except ConfigError as error:
-        log.error("config_refused", error=error.message, problems=list(error.problems))
+        log.exception("config_refused", error=error.message, problems=list(error.problems))
         return
     logs.configure(settings.daemon.log_level, settings.daemon.log_format)
     await daemon.take(settings)
@@ -235,7 +238,7 @@ class _Daemon:
                 status.set(state=FolderState.FAILED, error=error.message, hint=error.hint)
                 if isinstance(error, FolderTaken):
                     return
-            except Exception as error:  # a bug in one folder must not stop the others
+            except Exception as error:  # noqa: BLE001 - a bug in one folder must not stop the others
                 bound.exception("folder_crashed")
                 status.set(state=FolderState.FAILED, error=f"internal error: {error!r}", hint="see the log")
             if time.monotonic() - started > 60:  # noqa: PLR2004 - it ran well for a minute
@@ -261,6 +264,7 @@ class _Board:
         self._dirty: set[str] = set()
         self._forgotten: set[str] = set()
         self._wake = asyncio.Event()
+        self._started = False
         self._ready = False
         self._failing = False
         self._daemon: dict[str, Any] = {
@@ -281,6 +285,12 @@ class _Board:
         self._dirty.add(status.key)
         self._forgotten.discard(status.key)
         self._wake.set()
+        if self._started:
+            self.check_ready()
+
+    def check_ready(self) -> None:
+        """Tell the service manager once: every folder has done its first round, or said why it cannot."""
+        self._started = True
         if not self._ready and all(one.state in SETTLED for one in self._statuses.values()):
             self._ready = True
             sd_notify("READY=1")
@@ -293,9 +303,11 @@ class _Board:
         self._wake.set()
 
     async def keep_writing(self) -> None:
-        """Write what changed, for ever."""
+        """Write what changed, for ever; without any change often enough to show that the event loop turns."""
         while True:
-            await self._wake.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_SECONDS):
+                    await self._wake.wait()
             self._wake.clear()
             await asyncio.to_thread(self.write)
             await asyncio.sleep(STATUS_SECONDS)
@@ -309,7 +321,7 @@ class _Board:
                 self._state.write_status(f"{key}.json", self._statuses[key].to_json())
             for key in forgotten:
                 self._state.drop_status(f"{key}.json")
-            self._state.write_status(DAEMON_FILE, self._daemon | {"stopped": time.time() if final else None})
+            self._state.write_status(DAEMON_FILE, self._daemon | {"beat": time.time(), "stopped": final})
         except OSError as error:
             self._dirty |= dirty
             if not self._failing:

@@ -338,9 +338,7 @@ class Index:
 
     def close(self) -> None:
         """Close the file; further calls are errors. Closing twice is allowed."""
-        with contextlib.suppress(
-            sqlite3.Error
-        ):  # the last checkpoint failed: the log is replayed at the next start
+        with contextlib.suppress(sqlite3.Error):  # the last checkpoint failed: the log is replayed at the next start
             self._db.close()
 
     def _problem(self, exc: sqlite3.Error) -> Exception:
@@ -353,17 +351,13 @@ class Index:
                 self.recovered = str(exc)
                 self.close()
                 self._set_aside()
-            return self._doom(
-                DiskProblem(f"{where} was damaged and is set aside: {exc}", hint="it is built anew")
-            )
+            return self._doom(DiskProblem(f"{where} was damaged and is set aside: {exc}", hint="it is built anew"))
         if self.broken:
             return DiskProblem(f"{where} was damaged and is set aside", hint="open it anew")
         if code in _BUSY:
             return Locked(f"{where} is in use by another process", hint="stop the other syncd")
         if code in _DISK:
-            return self._doom(
-                DiskProblem(f"{where}: {exc}", hint="check space, permissions and health of the disk")
-            )
+            return self._doom(DiskProblem(f"{where}: {exc}", hint="check space, permissions and health of the disk"))
         return exc
 
     def _doom(self, problem: DiskProblem) -> DiskProblem:
@@ -518,9 +512,9 @@ class Index:
         """Yield the row of a path and all rows below it in component order; rows may be written meanwhile."""
         return map(_local, self._pages("local", _LOCAL, below))
 
-    def count_local(self) -> int:
-        """Return the number of rows."""
-        return self._count("SELECT count(*) FROM local")
+    def count_local(self, *, dirs: bool = True) -> int:
+        """Return the number of rows, or of those that are no directories."""
+        return self._count("SELECT count(*) FROM local" + ("" if dirs else " WHERE kind <> 1"))
 
     def local_bytes(self) -> int:
         """Return the sum of the files' sizes, in bytes."""
@@ -607,8 +601,7 @@ class Index:
     def drop_unlisted(self) -> None:
         """Forget what the listing begun last did not bring; what came through links is left alone."""
         self._run(
-            "DELETE FROM remote WHERE via = '' "
-            "AND NOT EXISTS (SELECT 1 FROM temp.listed WHERE listed.key = remote.key)"
+            "DELETE FROM remote WHERE via = '' AND NOT EXISTS (SELECT 1 FROM temp.listed WHERE listed.key = remote.key)"
         )
         self._run("DELETE FROM temp.listed")
 
@@ -623,7 +616,11 @@ class Index:
             after: set[str] = set()
             source = iter(rows)
             while page := list(islice(source, _PAGE)):
-                fresh = [row for row in page if self._row("SELECT 1 FROM remote WHERE key = ?", (sort_key(row.path),)) is None]
+                fresh = [
+                    row
+                    for row in page
+                    if self._row("SELECT 1 FROM remote WHERE key = ?", (sort_key(row.path),)) is None
+                ]
                 self.put_remote(fresh)
                 after.update(row.path for row in fresh)
         return before | after
@@ -781,9 +778,7 @@ class Index:
 
     def due_garbage(self, before: float, limit: int = 1000) -> list[str]:
         """Return the nuids that have been garbage since ``before`` (seconds) or longer, the oldest first."""
-        rows = self._rows(
-            "SELECT nuid FROM garbage WHERE since <= ? ORDER BY since, nuid LIMIT ?", (before, limit)
-        )
+        rows = self._rows("SELECT nuid FROM garbage WHERE since <= ? ORDER BY since, nuid LIMIT ?", (before, limit))
         return [row[0] for row in rows]
 
     def drop_garbage(self, nuids: Iterable[str]) -> None:

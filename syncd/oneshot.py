@@ -25,12 +25,13 @@ from syncd.store.bucket import NatsStore
 from syncd.store.connection import Connection, require_jetstream
 from syncd.store.mapping import remote_row
 from syncd.store.probe import missing_permissions
-from syncd.subscriber import PullResult, SubscribeOptions, Subscriber
+from syncd.subscriber import SubscribeOptions, Subscriber
 from syncd.wiring import connection_options, publish_options, subscribe_options
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+    from syncd.fetch import PullResult
     from syncd.progress import Progress
     from syncd.settings import Settings
     from syncd.store.base import Store

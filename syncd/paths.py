@@ -95,7 +95,7 @@ def subject_token(name: str) -> str:
 
 
 def printable(name: str | bytes) -> str:
-    """Return a name that is safe in a terminal, a log line and a metric label.
+    r"""Return a name that is safe in a terminal, a log line and a metric label.
 
     Control characters, line separators, bidirectional marks, surrogates and undecodable bytes become
     ``\\xNN``/``\\uNNNN`` escapes; everything else stays as it is.

@@ -22,9 +22,7 @@ class Progress:
 class Meter:
     """Adds up progress; silent without a listener."""
 
-    def __init__(
-        self, listener: Callable[[Progress], None] | None, total_files: int = 0, total_bytes: int = 0
-    ) -> None:
+    def __init__(self, listener: Callable[[Progress], None] | None, total_files: int = 0, total_bytes: int = 0) -> None:
         self._listener = listener
         self.total_files = total_files
         self.total_bytes = total_bytes

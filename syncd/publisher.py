@@ -14,11 +14,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -26,46 +23,36 @@ from syncd.agenda import Agenda
 from syncd.concurrency import run_together
 from syncd.crashpoints import crash_point
 from syncd.errors import (
-    BucketNotFound,
     BucketSealed,
     DiskProblem,
     FileChanged,
-    FolderTaken,
     SafetyHalt,
     StoreTimeout,
     SyncdError,
     WriteConflict,
 )
+from syncd.holdings import Holdings, PublishOptions
 from syncd.index import Index, LocalRow, RemoteRow
 from syncd.model import Entry, Kind, Problem
-from syncd.paths import is_usable, printable
+from syncd.paths import printable
 from syncd.plan import PublishAction, publish_action, publish_halt
 from syncd.progress import Meter, Progress
 from syncd.retry import backoff, is_transient
 from syncd.scan import Scanner
+from syncd.service import FolderThread, keep_rounds
 from syncd.source import LOOK_LIMIT, ScanStopped, Source
 from syncd.status import Allowance, FolderState, StatusKeeper
-from syncd.store.base import (
-    CHUNK_SIZE,
-    EMPTY,
-    NUID_PREFIX,
-    BadMeta,
-    BucketSpec,
-    ObjectMeta,
-    PutResult,
-    SmallPut,
-    Stored,
-)
-from syncd.store.mapping import ALLOWED, PUBLISHER, object_meta, remote_row, stored_of
+from syncd.store.base import CHUNK_SIZE, EMPTY, ObjectMeta, PutResult, SmallPut, Stored
+from syncd.store.mapping import ALLOWED, PUBLISHER, object_meta, stored_of
 from syncd.watch import PathWatcher
 
 if TYPE_CHECKING:
-    from syncd.rules import Rules
-    from syncd.store.base import Bucket, Hints, ObjectInfo, Store
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from syncd.store.base import Bucket, Hints, Store
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 BATCH_ITEMS = 400
 BATCH_BYTES = 4 * 1024 * 1024
@@ -73,35 +60,10 @@ PARALLEL_UPLOADS = 4
 PARALLEL_DELETES = 64
 DELETE_PAGE = 1000
 PUSH_RETRIES = 5
-AUDIT_SECONDS = 3600.0
-MAX_AUDITED_NUIDS = 500_000
 HALT_WINDOW_SECONDS = 600.0
 """Deletes are judged against the most paths published within this time: ``rm -r`` arrives in pieces."""
 HINT_GRACE_SECONDS = 0.5
 """A notification of our own write can overtake its acknowledgement by this much."""
-
-
-@dataclass(frozen=True, slots=True)
-class PublishOptions:
-    """One ``[[publish]]`` as plain values.
-
-    :ivar publisher: who we are in object metadata, stable across restarts: ``host:/path``.
-    :ivar settle_seconds: how long a changed path must be quiet before it is read.
-    :ivar grace_seconds: how long replaced content stays readable.
-    :ivar metadata: the folder's own key/values, on every object.
-    """
-
-    folder: str
-    path: Path
-    rules: Rules
-    publisher: str
-    bucket: BucketSpec = field(default_factory=BucketSpec)
-    symlinks: Literal["inside", "all", "skip"] = "inside"
-    settle_seconds: float = 0.05
-    rescan_seconds: float = 60.0
-    max_delete_percent: float = 50.0
-    grace_seconds: float = 600.0
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -174,14 +136,12 @@ class Publisher:
         self._status = status
         self._allowance = allowance or Allowance()
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"publish-{options.folder}")
+        self._thread = FolderThread(f"publish-{options.folder}")
         self._index: Index
         self._source: Source
+        self._holdings: Holdings
         self._log = log.bind(folder=options.folder, role="publish")
-        self._next_audit = 0.0
         self._full_seconds = 0.0
-        self._last_seq = 0
-        self._began: bool = False
         self._published: deque[tuple[float, int]] = deque()
 
     # -- lifetime ------------------------------------------------------------------------------------------------
@@ -200,9 +160,16 @@ class Publisher:
                 PathWatcher(self._options.path, on_mode=self._on_watch_mode) as watcher,
                 self._bucket.hints() as hints,
             ):
-                await run_together(
-                    self._rounds(agenda), _feed_paths(watcher, agenda), self._feed_bucket(hints, agenda)
+                rounds = keep_rounds(
+                    agenda,
+                    lambda paths, allowed: self._round(paths, allow_delete=allowed),
+                    lambda result: self._finish_round(result, agenda),
+                    status=self._status,
+                    allowance=self._allowance,
+                    rescan=self._options.rescan_seconds,
+                    log=self._log,
                 )
+                await run_together(rounds, _feed_paths(watcher, agenda), self._feed_bucket(hints, agenda))
         finally:
             await self._close()
 
@@ -223,7 +190,7 @@ class Publisher:
                 await asyncio.sleep(next(waits))
                 paths = None if total.conflict else frozenset(total.again)
                 total.add(await self._round(paths, allow_delete=allow_delete, progress=progress))
-            total.problems = await self._disk(self._problems)
+            total.problems = await self._thread.run(self._problems)
             return total
         finally:
             await self._close()
@@ -234,8 +201,9 @@ class Publisher:
             options = self._options
             scanner = Scanner(options.path, options.rules, symlinks=options.symlinks)
             self._source = Source(scanner, self._index, options.folder)
+            self._holdings = Holdings(options, self._store, self._bucket, self._index, self._thread, self._clock)
 
-        await self._disk(opened)
+        await self._thread.run(opened)
         if self._index.recovered:
             self._log.warning("index_rebuilt", reason=self._index.recovered)
 
@@ -246,15 +214,10 @@ class Publisher:
 
         if hasattr(self, "_source"):
             self._source.stopping = True  # the thread may be in the middle of a scan: it looks between paths
-        self._thread.submit(closed)
-        await asyncio.shield(asyncio.to_thread(self._thread.shutdown, wait=True))
-
-    async def _disk(self, function: Callable[[], T]) -> T:
-        """Run blocking work in this folder's own thread: index and scanner are confined to it."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        await self._thread.close(closed)
 
     def _problems(self) -> list[Problem]:
-        return sorted(self._source.problems.values(), key=lambda problem: problem.path)
+        return self._source.problems.all()
 
     # -- hints ---------------------------------------------------------------------------------------------------
 
@@ -268,47 +231,13 @@ class Publisher:
             seq = await hints.wait(self._options.rescan_seconds)
             if seq == 0:
                 agenda.wake()
-            elif seq > self._last_seq:
+            elif seq > self._holdings.last_seq:
                 await asyncio.sleep(HINT_GRACE_SECONDS)
-                if seq > self._last_seq:
-                    self._last_seq = seq  # a lost, forged or foreign one: one full round, not one per hint
+                if seq > self._holdings.last_seq:
+                    self._holdings.wrote(seq)  # a lost, forged or foreign one: one full round, not one per hint
                     agenda.full()
 
     # -- rounds --------------------------------------------------------------------------------------------------
-
-    async def _rounds(self, agenda: Agenda) -> None:
-        waits = backoff()
-        failing = ""
-        while True:
-            paths = await agenda.due()
-            halted = self._status.now.state is FolderState.HALTED
-            if paths is None or self._status.now.state is not FolderState.IN_SYNC:
-                self._status.set(state=FolderState.SYNCING)
-            try:
-                result = await self._round(paths, allow_delete=halted and self._allowance.given())
-            except ScanStopped:
-                return
-            except SafetyHalt as halt:
-                if self._status.now.error != halt.message:
-                    self._log.error("safety_halt", reason=halt.message)
-                self._status.set(state=FolderState.HALTED, error=halt.message, hint=halt.hint)
-                agenda.halted()
-            except FolderTaken:
-                raise
-            except SyncdError as error:
-                waiting = is_transient(error)
-                self._status.set(
-                    state=FolderState.WAITING if waiting else FolderState.FAILED, error=error.message, hint=error.hint
-                )
-                if failing != error.message:
-                    self._log.warning("round_failed", error=error.message, hint=error.hint)
-                failing = error.message
-                agenda.failed(next(waits) if waiting else self._options.rescan_seconds)
-            else:
-                if failing:
-                    self._log.info("round_recovered", after=failing)
-                failing, waits = "", backoff()
-                await self._finish_round(result, agenda)
 
     async def _finish_round(self, result: PushResult, agenda: Agenda) -> None:
         if result.puts or result.deletes:
@@ -319,8 +248,7 @@ class Publisher:
                 uploaded_bytes=result.uploaded_bytes,
                 reused_bytes=result.reused_bytes,
             )
-        self._allowance.clear()
-        self._status.set_problems(await self._disk(self._problems))
+        self._status.set_problems(await self._thread.run(self._problems))
         agenda.done(self._full_seconds)
         if result.conflict:
             agenda.full()
@@ -342,152 +270,37 @@ class Publisher:
         :raises SafetyHalt: deletes are held; everything else of the round is done.
         """
         if paths is None:
-            await self._catch_up()
-            if self._clock() >= self._next_audit:
-                await self._audit()
+            await self._holdings.catch_up()
         touched = await self._scan(paths)
         result = PushResult()
         await self._put_changed(touched, result, progress)
         await self._delete_gone(touched, result, allow_delete=allow_delete)
         if paths is None:
-            entries, size = await self._disk(lambda: (self._index.count_local(), self._index.local_bytes()))
+            entries, size = await self._thread.run(lambda: (self._index.count_local(), self._index.local_bytes()))
             self._status.set(entries=entries, bytes=size)
-        await self._free_garbage()
+        await self._holdings.free_garbage()
         return result
 
     async def _scan(self, paths: frozenset[str] | None) -> Collection[str] | None:
         """Bring the index up to the disk; return the paths to compare with the bucket, ``None`` for all."""
         if paths is None or len(paths) > LOOK_LIMIT or "" in paths:
             started = time.monotonic()
-            await self._disk(self._source.scan)
+            await self._thread.run(self._source.scan)
             self._full_seconds = time.monotonic() - started
             return None
-        return await self._disk(lambda: self._source.look(paths))
-
-    # -- what the bucket has ---------------------------------------------------------------------------------------
-
-    async def _catch_up(self) -> None:
-        """Read into the index what the bucket announces, creating the bucket where it does not exist.
-
-        :raises FolderTaken: another publisher wrote to it since we began.
-        """
-        try:
-            state = await self._bucket.state()
-        except BucketNotFound:
-            state = await self._store.create_bucket(self._options.folder, self._options.bucket)
-            self._log.info("bucket_created", bucket=self._options.folder)
-        if state.sealed:
-            raise BucketSealed(
-                f"bucket {self._options.folder!r} is sealed", hint="publish to another folder name, or delete the bucket"
-            )
-        position = await self._disk(lambda: self._position(state.created, state.last_seq))
-        async for page in self._bucket.changes(position):
-            items, last_seq = page.items, page.last_seq
-            other = await self._disk(lambda items=items, last_seq=last_seq: self._remember_page(items, last_seq))  # type: ignore[misc]
-            self._last_seq = max(self._last_seq, last_seq)
-            if other and self._began:
-                raise FolderTaken(
-                    f"another publisher ({printable(other)}) writes to folder {self._options.folder!r}",
-                    hint="stop one of the two, then restart this one",
-                )
-            if other:
-                self._log.warning("publisher_changed", before=other)
-        self._began = True
-
-    def _position(self, created: str, last_seq: int) -> int:
-        """Return the sequence to catch up from; 0, and an empty memory, where the bucket is another one."""
-        position = int(self._index.note("position", "0"))
-        if self._index.note("bucket") == created and position <= last_seq:
-            return position
-        if self._index.note("bucket"):
-            self._log.warning("bucket_replaced", bucket=self._options.folder)
-        with self._index.transaction():
-            self._index.clear_remote()
-            self._index.set_note("bucket", created)
-            self._index.set_note("position", "0")
-        self._last_seq = 0
-        self._next_audit = 0.0
-        return 0
-
-    def _remember_page(self, items: Iterable[ObjectInfo | BadMeta], last_seq: int) -> str:
-        """Store one page of metas; return another publisher's identity if one wrote any of them."""
-        rows: list[RemoteRow] = []
-        gone: list[str] = []
-        other = ""
-        for item in items:
-            if isinstance(item, BadMeta) or not is_usable(item.name):
-                continue  # no path of a source can be called so: not ours, and not in our way
-            who = item.metadata.get(PUBLISHER, "")
-            if who and who != self._options.publisher:
-                other = who
-            if item.deleted or item.link is not None:
-                gone.append(item.name)
-                continue
-            try:
-                rows.append(remote_row(item))
-            except SyncdError:
-                gone.append(item.name)  # an object that we would not have written: ours goes over it
-        with self._index.transaction():
-            self._index.drop_remote(gone)
-            self._index.put_remote(rows)
-            self._index.set_note("position", str(last_seq))
-        return other
-
-    async def _audit(self) -> None:
-        """Find chunks that nothing announces (freed after the grace time), and announcements whose chunks are gone."""
-        counts: dict[str, int] = {}
-        async for page in self._bucket.list_chunks():
-            counts.update(page)
-            if len(counts) > MAX_AUDITED_NUIDS:
-                self._log.warning("audit_skipped", reason="too many objects", limit=MAX_AUDITED_NUIDS)
-                break
-        else:
-            orphans, damaged = await self._disk(lambda: self._compare_chunks(counts))
-            if orphans or damaged:
-                self._log.info("bucket_audited", orphans=orphans, damaged=damaged)
-        self._next_audit = self._clock() + AUDIT_SECONDS
-
-    def _compare_chunks(self, counts: dict[str, int]) -> tuple[int, int]:
-        ours = [nuid for nuid in counts if nuid.startswith(NUID_PREFIX)]
-        known = self._index.nuids(ours) | self._index.garbage_nuids(ours)
-        orphans = [nuid for nuid in ours if nuid not in known]
-        damaged = [
-            row.path
-            for row in self._index.iter_remote()
-            if row.publisher and row.chunks and counts.get(row.nuid, 0) != row.chunks
-        ]
-        with self._index.transaction():
-            for nuid in orphans:
-                self._index.add_garbage(nuid, self._clock(), None)
-            # Forgetting the rows makes the next diff put the content again, under a nuid of its own.
-            self._index.drop_remote(damaged)
-        return len(orphans), len(damaged)
-
-    async def _free_garbage(self) -> None:
-        """Free chunks whose grace time is over."""
-        before = self._clock() - self._options.grace_seconds
-        due = await self._disk(lambda: self._index.due_garbage(before))
-        if not due:
-            return
-        used = await self._disk(lambda: self._index.nuids(due))
-        for nuid in due:
-            if nuid not in used:
-                await self._bucket.remove_chunks(nuid)
-        crash_point("garbage_freed")
-        await self._disk(lambda: self._index.drop_garbage(due))
-        self._log.info("chunks_freed", nuids=len(due) - len(used))
+        return await self._thread.run(lambda: self._source.look(paths))
 
     # -- puts ------------------------------------------------------------------------------------------------------
 
     async def _put_changed(
         self, touched: Collection[str] | None, result: PushResult, progress: Callable[[Progress], None] | None
     ) -> None:
-        files, size = (0, 0) if progress is None else await self._disk(lambda: self._count_puts(touched))
+        files, size = (0, 0) if progress is None else await self._thread.run(lambda: self._count_puts(touched))
         meter = Meter(progress, files, size)
         after = ""
         while True:
             begin = after
-            batch = await self._disk(lambda begin=begin: self._next_batch(touched, begin, result))  # type: ignore[misc]
+            batch = await self._thread.run(lambda begin=begin: self._next_batch(touched, begin, result))  # type: ignore[misc]
             if batch.small:
                 await self._put_small(batch.small, result, meter)
             if batch.large:
@@ -589,8 +402,8 @@ class Publisher:
         ]
         outcomes = await self._bucket.put_many(puts)
         crash_point("metas_stored")
-        self._last_seq = max(self._last_seq, *(outcome.seq for outcome in outcomes))
-        await self._disk(lambda: self._remember_puts(zip(items, outcomes, strict=True), result))
+        self._holdings.wrote(*(outcome.seq for outcome in outcomes))
+        await self._thread.run(lambda: self._remember_puts(zip(items, outcomes, strict=True), result))
         for item in items:
             meter.done(len(item.data) if item.data is not None else 0)
 
@@ -620,8 +433,8 @@ class Publisher:
             outcome = PutResult(0, None, error)
         else:
             outcome = PutResult(seq, stored)
-            self._last_seq = max(self._last_seq, seq)
-        await self._disk(lambda: self._remember_puts([(item, outcome)], result))
+            self._holdings.wrote(seq)
+        await self._thread.run(lambda: self._remember_puts([(item, outcome)], result))
         meter.done(0)
 
     async def _upload(self, row: LocalRow, meter: Meter) -> Stored:
@@ -635,7 +448,7 @@ class Publisher:
             raise FileChanged(error.message) from error  # it vanished, or may be read no more: look again
         try:
             stored = await self._bucket.upload(file, progress=meter.add)
-            await self._disk(lambda: self._index.add_garbage(stored.nuid, self._clock(), stored))
+            await self._thread.run(lambda: self._index.add_garbage(stored.nuid, self._clock(), stored))
             await asyncio.to_thread(file.check)
         finally:
             await asyncio.shield(asyncio.to_thread(file.close))
@@ -659,13 +472,13 @@ class Publisher:
             rows.append(_announced(item.row, stored, outcome.seq, self._options))
             if item.remote is not None and item.remote.nuid != stored.nuid:
                 replaced.append(item.remote)
-            self._source.clear_problem(item.row.path)
+            self._source.problems.clear(item.row.path)
             result.puts += 1
             result.uploaded_bytes += 0 if item.stored is not None else stored.size
         with self._index.transaction():
             self._index.put_remote(rows)
             self._index.drop_garbage([row.nuid for row in rows])
-            self._discard(replaced)
+            self._holdings.discard(replaced)
         if fatal is not None:
             raise fatal
 
@@ -682,14 +495,6 @@ class Publisher:
             return None
         return error
 
-    def _discard(self, replaced: Iterable[RemoteRow]) -> None:
-        """Let the content of replaced or deleted objects go after the grace time, if no other name has it."""
-        rows = [row for row in replaced if row.chunks and row.nuid.startswith(NUID_PREFIX)]
-        used = self._index.nuids([row.nuid for row in rows])
-        for row in rows:
-            if row.nuid not in used:
-                self._index.add_garbage(row.nuid, self._clock(), stored_of(row))
-
     # -- deletes ---------------------------------------------------------------------------------------------------
 
     async def _delete_gone(self, touched: Collection[str] | None, result: PushResult, *, allow_delete: bool) -> None:
@@ -697,9 +502,9 @@ class Publisher:
 
         :raises SafetyHalt: too many, and nobody allowed it.
         """
-        deletes = await self._disk(lambda: sum(1 for _ in self._gone(touched)))
+        deletes = await self._thread.run(lambda: sum(1 for _ in self._gone(touched)))
         if deletes or touched is None:
-            published = await self._disk(self._index.count_ours)
+            published = await self._thread.run(self._index.count_ours)
             peak = self._peak(published)
         if deletes:
             reason = publish_halt(peak - (published - deletes), peak, self._options.max_delete_percent)
@@ -712,12 +517,14 @@ class Publisher:
                 self._published.clear()
         metadata = {PUBLISHER: self._options.publisher} | ({ALLOWED: "1"} if allow_delete else {})
         while deletes > 0:
-            rows = await self._disk(lambda: [row for row, _ in zip(self._gone(touched), range(DELETE_PAGE), strict=False)])
+            rows = await self._thread.run(
+                lambda: [row for row, _ in zip(self._gone(touched), range(DELETE_PAGE), strict=False)]
+            )
             if not rows:
                 return
             deleted = await self._delete_rows(rows, metadata, result)
             crash_point("tombstones_stored")
-            await self._disk(lambda deleted=deleted: self._forget_deleted(deleted))  # type: ignore[misc]
+            await self._thread.run(lambda deleted=deleted: self._forget_deleted(deleted))  # type: ignore[misc]
             result.deletes += len(deleted)
             deletes -= len(rows)
 
@@ -734,14 +541,14 @@ class Publisher:
                 except WriteConflict:
                     conflicts.append(row.path)
                     return None
-                self._last_seq = max(self._last_seq, seq)
+                self._holdings.wrote(seq)
                 return row
 
         deleted = [row for row in await asyncio.gather(*map(delete, rows)) if row is not None]
         if conflicts:
             result.again.update(conflicts)
             result.conflict = True
-            await self._disk(lambda: self._index.drop_remote(conflicts))
+            await self._thread.run(lambda: self._index.drop_remote(conflicts))
         return deleted
 
     def _peak(self, published: int) -> int:
@@ -765,7 +572,7 @@ class Publisher:
     def _forget_deleted(self, rows: list[RemoteRow]) -> None:
         with self._index.transaction():
             self._index.drop_remote([row.path for row in rows])
-            self._discard(rows)
+            self._holdings.discard(rows)
 
 
 async def _feed_paths(watcher: PathWatcher, agenda: Agenda) -> None:

@@ -10,6 +10,7 @@ import structlog
 from syncd.index import LocalRow
 from syncd.model import Entry, Kind, Problem, Stat
 from syncd.paths import ancestors, is_private, parent
+from syncd.problems import ProblemBook
 from syncd.scan import Found, Scanner
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ SKIPPED = {"not_utf8", "bad_name", "special_file", "symlink_outside", "bad_ignor
 """Problems of paths that are never distributed. All others mean: it is there, and we could not look."""
 
 
-class ScanStopped(Exception):  # noqa: N818 - not an error: the daemon is ending
+class ScanStopped(Exception):
     """The service is stopping; the scan's transaction is rolled back."""
 
 
@@ -40,10 +41,9 @@ class Source:
 
     def __init__(self, scanner: Scanner, index: Index, folder: str) -> None:
         self.scanner = scanner
-        self.problems: dict[str, Problem] = {}
         self.stopping = False
         self._index = index
-        self._log = log.bind(folder=folder, role="publish")
+        self.problems = ProblemBook(log.bind(folder=folder, role="publish"), "path_problem")
 
     def scan(self) -> None:
         """Compare everything.
@@ -51,10 +51,10 @@ class Source:
         :raises DiskProblem: the root is missing or unreadable: nothing is concluded from that.
         """
         self.scanner.check_root()
-        before, self.problems = self.problems, {}
+        self.problems.begin()
         scan = self._index.next_scan()
         with self._index.transaction():
-            self._take(self.scanner.scan("", self._index.local_children), scan, set(), before)
+            self._take(self.scanner.scan("", self._index.local_children), scan, set())
             self._index.drop_unseen(scan)
 
     def look(self, paths: Collection[str]) -> set[str]:
@@ -77,15 +77,9 @@ class Source:
                 self._look_at(path, touched, deep=path in hinted)
         return touched
 
-    def note_problem(self, problem: Problem, path: str, *, scan: int = 0, known: bool = False) -> None:
-        """Report a path that could not be read or sent.
-
-        :param path: the path itself; ``problem.path`` is its printable form.
-        :param known: it was reported before, do not log it again.
-        """
-        if not known and self.problems.get(problem.path) != problem:
-            self._log.warning("path_problem", path=problem.path, code=problem.code, text=problem.text)
-        self.problems[problem.path] = problem
+    def note_problem(self, problem: Problem, path: str, *, scan: int = 0) -> None:
+        """Report a path that could not be read or sent."""
+        self.problems.note(problem)
         if problem.code in SKIPPED:
             return
         # A row with a problem keeps itself and everything below it out of every diff.
@@ -95,16 +89,11 @@ class Source:
         self._index.mark_tree_seen(path, scan)
         self._index.put_local([replace(row, problem=problem.code)], scan=scan)
 
-    def clear_problem(self, path: str) -> None:
-        """Forget a path's problem."""
-        self.problems.pop(path, None)
-
     def _take(
         self,
         found: Iterator[Found | Problem | Vanished],
         scan: int,
         touched: set[str],
-        before: dict[str, Problem] | None = None,
     ) -> None:
         """Write what a scan yields into the index, marked with ``scan``; add changed paths to ``touched``."""
         seen: list[str] = []
@@ -113,10 +102,9 @@ class Source:
             if self.stopping:
                 raise ScanStopped
             if isinstance(item, Problem):
-                known = before is not None and before.get(item.path) == item
-                self.note_problem(item, item.path, scan=scan, known=known)
+                self.note_problem(item, item.path, scan=scan)
             elif isinstance(item, Found):
-                self.clear_problem(item.row.path)
+                self.problems.clear(item.row.path)
                 if item.fresh:
                     seen.append(item.row.path)
                 else:
@@ -134,7 +122,7 @@ class Source:
         item = self.scanner.look(path, known)
         touched.add(path)
         if item is None:
-            self.clear_problem(path)
+            self.problems.clear(path)
             touched.update(row.path for row in self._index.iter_local(path))
             self._index.drop_local_tree(path)
             return
@@ -144,7 +132,7 @@ class Source:
                 touched.update(row.path for row in self._index.iter_local(path))
                 self._index.drop_local_tree(path)
             return
-        self.clear_problem(path)
+        self.problems.clear(path)
         was_dir = known is not None and known.entry.kind is Kind.DIR
         is_dir = item.row.entry.kind is Kind.DIR
         if was_dir and not is_dir:

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from syncd.errors import DiskProblem, Locked
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DAEMON_FILE = "daemon.json"
+LOCK_TRIES = 10
+LOCK_WAIT_SECONDS = 0.02
 
 
 class FileAllowance(Allowance):
@@ -85,14 +88,12 @@ class StateDir:
         except OSError as error:
             raise DiskProblem(f"cannot lock the state directory {self.root}: {error.strerror}") from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _flock(descriptor):
                 holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
                 raise Locked(
                     f"state directory {self.root} is in use by another syncd (process {holder or 'unknown'})",
                     hint="stop it, or give this one a daemon.state_dir of its own",
-                ) from None
+                )
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             yield
@@ -148,6 +149,18 @@ class StateDir:
             return False
         finally:
             os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool:
+    """Take the lock; a ``syncd status`` that looks at it at this moment is waited for."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOCK_WAIT_SECONDS)
+        else:
+            return True
+    return False
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 KEPT_PROBLEMS = 100
 """Problems kept with their text; the rest is only counted."""
 
+
 def path_tag(path: str) -> str:
     """Return eight hex characters that tell paths of one folder apart in file names."""
     return f"{zlib.crc32(path.encode('utf-8', 'surrogateescape')):08x}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from syncd.publisher import PublishOptions
+from syncd.holdings import PublishOptions
 from syncd.rules import Rules
 from syncd.store.base import BucketSpec
 from syncd.store.connection import ConnectionOptions

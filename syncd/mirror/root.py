@@ -207,11 +207,12 @@ class Dirs:
     def _enter(self, name: str) -> None:
         above = self._fds[-1] if self._fds else self._root
         fd = self._open_child(above, name)
+        if self._dev is not None and os.fstat(fd).st_dev != self._dev:
+            os.close(fd)
+            at = "/".join([*self._names, name])
+            raise PathRefused("other_filesystem", f"{printable(at)} is on another filesystem", at=at)
         self._names.append(name)
         self._fds.append(fd)
-        if self._dev is not None and os.fstat(fd).st_dev != self._dev:
-            at = "/".join(self._names)
-            raise PathRefused("other_filesystem", f"{printable(at)} is on another filesystem", at=at)
         if len(self._fds) > MAX_HELD:
             os.close(self._fds[-2])
             self._fds[-2] = -1

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
 CHUNK_SIZE = 128 * 1024
 """Bytes per chunk message: ADR-20's default; larger ones gained nothing (docs/performance.md)."""
@@ -318,9 +320,7 @@ class Bucket(Protocol):
         """
         ...
 
-    def download_many(
-        self, infos: Sequence[ObjectInfo]
-    ) -> AsyncIterator[tuple[ObjectInfo, bytes | Exception]]:
+    def download_many(self, infos: Sequence[ObjectInfo]) -> AsyncIterator[tuple[ObjectInfo, bytes | Exception]]:
         """Fetch many objects of at most one chunk each; yields in any order, each exactly once.
 
         Data is verified as in :meth:`download`; a failure is yielded in place of the data.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import nats.nuid
 import structlog
-from blake3 import blake3
 
 from syncd.errors import (
     BucketNotFound,
@@ -35,11 +33,9 @@ from syncd.errors import (
     Unavailable,
     WriteConflict,
 )
-from syncd.retry import backoff
 from syncd.store import wire
 from syncd.store.base import (
     CHUNK_SIZE,
-    EMPTY,
     NUID_PREFIX,
     BadMeta,
     BucketSpec,
@@ -61,19 +57,17 @@ from syncd.store.transport import (
     ATOMIC_DISABLED,
     CHUNK_SILENCE_SECONDS,
     META_SILENCE_SECONDS,
-    NO_JETSTREAM,
-    REQUEST_SECONDS,
-    REQUEST_TRIES,
     TTL_DISABLED,
     ApiError,
+    Busy,
+    End,
     Outgoing,
     Transport,
     header_int,
-    read_json,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from nats.aio.msg import Msg
@@ -93,7 +87,6 @@ STALE_SECONDS: Final = 2.0
 """How long a replica may be behind what another one announced."""
 STALE_STEP: Final = 0.2
 CLEANUP_SECONDS: Final = 2.0
-DUPLICATE_SECONDS: Final = 120
 
 ROLLUP: Final = {"Nats-Rollup": "sub"}
 EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
@@ -104,7 +97,7 @@ class NatsStore:
 
     def __init__(self, conn: Connection) -> None:
         self._transport = Transport(conn)
-        self._api = _Api(conn)
+        self._api = Api(conn)
         self._nuids = nats.nuid.NUID()
         self._buckets: dict[str, NatsBucket] = {}
 
@@ -134,7 +127,7 @@ class NatsStore:
             try:
                 await self._api.call(subject, new_stream(name, spec))
             except ApiError as error:
-                if error.code != _NAME_IN_USE:
+                if error.code != NAME_IN_USE:
                     raise
             return await bucket.state()
         await self._adopt(name, info)
@@ -164,114 +157,593 @@ class NatsStore:
             names |= fresh
 
 
-_NAME_IN_USE: Final = 10058
+@dataclass(slots=True)
+class _Put:
+    """One item of put_many, ready to send."""
+
+    index: int
+    stored: Stored
+    data: bytes
+    subject: str
+    payload: bytes
+    expected: int | None
+
+    @property
+    def size(self) -> int:
+        return len(self.data) + len(self.payload) + 512
+
+    @property
+    def meta_headers(self) -> dict[str, str]:
+        return _meta_headers(self.expected)
 
 
-def new_stream(name: str, spec: BucketSpec) -> dict[str, Any]:
-    """Return the stream configuration of a new bucket: ADR-20's, and what makes syncd's work cheap."""
-    config: dict[str, Any] = {
-        "name": wire.stream_of(name),
-        "subjects": [wire.chunk_filter(name), wire.meta_filter(name)],
-        "retention": "limits",
-        "storage": spec.storage,
-        "discard": "new",
-        "num_replicas": spec.replicas,
-        "max_consumers": -1,
-        "max_msgs": -1,
-        "max_bytes": -1 if spec.max_bytes is None else spec.max_bytes,
-        "max_age": 0 if spec.ttl_seconds is None else int(spec.ttl_seconds * 1_000_000_000),
-        "max_msgs_per_subject": -1,
-        "max_msg_size": -1,
-        "duplicate_window": DUPLICATE_SECONDS * 1_000_000_000,
-        "allow_rollup_hdrs": True,
-        "allow_direct": True,
-        "allow_atomic": True,
-        "allow_msg_ttl": True,
-        "republish": _republish(name),
-        "metadata": {**spec.metadata, "syncd.layout": "objects", "syncd.format": "1"},
-    }
-    if spec.ttl_seconds is not None:
-        config["duplicate_window"] = min(config["duplicate_window"], config["max_age"])
-    if spec.description:
-        config["description"] = spec.description
-    if spec.compression:
-        config["compression"] = "s2"
-    if spec.placement_cluster or spec.placement_tags:
-        config["placement"] = {"cluster": spec.placement_cluster, "tags": list(spec.placement_tags)}
-    return config
+def _meta_headers(expected: int | None) -> dict[str, str]:
+    return dict(ROLLUP) if expected is None else {**ROLLUP, EXPECTED: str(expected)}
 
 
-def _republish(name: str) -> dict[str, str]:
-    return {"src": wire.meta_filter(name), "dest": f"syncd.{name}.meta.>"}
+class NatsBucket:
+    """One bucket on a live server."""
 
+    def __init__(self, name: str, transport: Transport, api: Api, fresh_nuid: Callable[[], str]) -> None:
+        self._name = name
+        self._stream = wire.stream_of(name)
+        self._transport = transport
+        self._api = api
+        self._fresh_nuid = fresh_nuid
+        self._atomic: bool | None = None
+        self._ttl: bool | None = None
 
-def missing_flags(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changes that make an existing bucket as useful as a new one, and change nothing else.
+    @property
+    def name(self) -> str:
+        """The bucket's name."""
+        return self._name
 
-    :raises StoreRejected: the stream is no bucket.
-    """
-    if config.get("mirror") or config.get("sources"):
-        return {}
-    subjects = config.get("subjects") or []
-    if wire.chunk_filter(name) not in subjects or wire.meta_filter(name) not in subjects:
-        raise StoreRejected(f"stream {wire.stream_of(name)!r} exists but is no Object Store bucket")
-    if config.get("sealed"):
-        return {}
-    wanted = ("allow_direct", "allow_rollup_hdrs", "allow_atomic", "allow_msg_ttl")
-    changes: dict[str, Any] = {flag: True for flag in wanted if not config.get(flag)}
-    if changes.get("allow_rollup_hdrs") and config.get("deny_purge"):
-        del changes["allow_rollup_hdrs"]
-    if not config.get("republish"):
-        changes["republish"] = _republish(name)
-    return changes
+    # -- the bucket -----------------------------------------------------------------------------------------------
 
+    async def state(self) -> BucketState:
+        """See :class:`syncd.store.base.Bucket`."""
+        state = read_state(self._name, await self._api.stream_info(self._name))
+        self._atomic, self._ttl = state.atomic, state.ttl_messages
+        return state
 
-class _Api:
-    """The JetStream API as JSON."""
+    async def seal(self) -> None:
+        """See :class:`syncd.store.base.Bucket`."""
+        info = await self._api.stream_info(self._name)
+        await self._api.call(f"STREAM.UPDATE.{self._stream}", {**info["config"], "sealed": True})
 
-    def __init__(self, conn: Connection) -> None:
-        self.conn = conn
-        self._mapped: set[str] = set()
+    def hints(self) -> AbstractAsyncContextManager[Hints]:
+        """See :class:`syncd.store.base.Bucket`."""
+        return open_hints(self._transport.conn, self._name, self.state)
 
-    async def call(self, subject: str, request: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Ask, and ask again while the server is away or elects a leader; idempotent requests only.
+    async def _flags(self) -> tuple[bool, bool]:
+        """Tell whether the stream takes atomic batches, and messages with a TTL."""
+        if self._atomic is None or self._ttl is None:
+            state = await self.state()
+            return state.atomic, state.ttl_messages
+        return self._atomic, self._ttl
 
-        :raises SyncdError: what the server refused, or that it could not be asked.
-        """
-        return await self._ask(f"{self.conn.api}.{subject}", request)
+    # -- metadata -------------------------------------------------------------------------------------------------
 
-    async def _ask(self, subject: str, request: Mapping[str, Any] | None) -> dict[str, Any]:
-        payload = b"" if request is None else json.dumps(request).encode()
-        waits = backoff(0.25, 2.0)
-        for attempt in range(REQUEST_TRIES):
-            try:
-                answer = await self.conn.request(subject, payload, max_seconds=REQUEST_SECONDS)
-                if len(answer.data) > _LARGE_ANSWER:
-                    return await asyncio.to_thread(read_json, answer.data, subject)
-                return read_json(answer.data, subject)
-            except (BucketNotFound, NoJetStream):
-                raise
-            except (Unavailable, StoreTimeout):
-                if attempt == REQUEST_TRIES - 1:
-                    raise
-            await asyncio.sleep(next(waits))
-        raise AssertionError("unreachable")
+    async def changes(self, after: int, *, at_least: int = 0) -> AsyncIterator[Page]:
+        """See :class:`syncd.store.base.Bucket`."""
+        loop = asyncio.get_running_loop()
+        give_up = 0.0
+        while True:
+            messages, end = await self._collect(
+                {
+                    "batch": META_PAGE_MESSAGES,
+                    "seq": after + 1,
+                    "next_by_subj": wire.meta_filter(self._name),
+                    "max_bytes": min(META_PAGE_BYTES, self._transport.page_bytes()),
+                },
+                META_SILENCE_SECONDS,
+            )
+            if messages:
+                after = max(after + 1, end.last_seq)
+                yield Page(newest_of(self._read_meta(message) for message in messages), after)
+            if end.pending:
+                continue
+            if after >= at_least:
+                return
+            give_up = give_up or loop.time() + STALE_SECONDS
+            if loop.time() >= give_up:
+                return
+            await asyncio.sleep(STALE_STEP)
 
-    async def stream_info(self, bucket: str, request: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Ask for a bucket's stream: by the API, or, in an account without JetStream, by the import mapping
-        ``syncd.<bucket>.info``. What worked is asked first next time.
-
-        :raises BucketNotFound: there is none.
-        """
-        direct = f"{self.conn.api}.STREAM.INFO.{wire.stream_of(bucket)}"
-        mapped = f"syncd.{bucket}.info"
-        order = [mapped, direct] if bucket in self._mapped else [direct, mapped]
-        try:
-            info = await self._ask(order[0], request)
-        except (NotPermitted, NoResponders, NoJetStream) as error:
-            try:
-                info = await self._ask(order[1], request)
-            except (NotPermitted, NoResponders, NoJetStream):
-                raise error from None
-            (self._mapped.add if order[1] == mapped else self._mapped.discard)(bucket)
+    async def get_info(self, name: str) -> ObjectInfo | None:
+        """See :class:`syncd.store.base.Bucket`."""
+        message = await self._last(wire.meta_subject(self._name, name))
+        if message is None:
+            return None
+        info = self._read_meta(message)
+        if isinstance(info, BadMeta):
+            raise ObjectCorrupt(f"its metadata is not readable: {info.reason}")
         return info
+
+    def _read_meta(self, message: Msg) -> ObjectInfo | BadMeta:
+        headers = message.headers or {}
+        return wire.read_meta(
+            self._name,
+            headers.get("Nats-Subject", ""),
+            message.data,
+            headers,
+            seq=header_int(headers, "Nats-Sequence"),
+            time_ns=wire.parse_time(headers.get("Nats-Time-Stamp", "")),
+        )
+
+    async def put_meta(self, meta: ObjectMeta, stored: Stored, *, expected_seq: int | None) -> int:
+        """See :class:`syncd.store.base.Bucket`."""
+        nuid = stored.nuid or self._fresh_nuid()
+        payload = wire.encode_put(self._name, meta, stored, nuid=nuid, now_ns=time.time_ns())
+        return await self._write_meta(meta.name, payload, expected_seq)
+
+    async def delete(self, name: str, *, expected_seq: int | None, metadata: Mapping[str, str]) -> int:
+        """See :class:`syncd.store.base.Bucket`."""
+        payload = wire.encode_tombstone(self._name, name, nuid=self._fresh_nuid(), metadata=metadata)
+        return await self._write_meta(name, payload, expected_seq)
+
+    async def put_link(self, name: str, link: Link) -> int:
+        """See :class:`syncd.store.base.Bucket`."""
+        nuid = self._fresh_nuid()
+        payload = wire.encode_link(self._name, name, link, nuid=nuid, now_ns=time.time_ns())
+        return await self._write_meta(name, payload, None)
+
+    async def _write_meta(self, name: str, payload: bytes, expected: int | None) -> int:
+        subject = wire.meta_subject(self._name, name)
+        headers = {**_meta_headers(expected), "Nats-Msg-Id": self._fresh_nuid()}
+        try:
+            return await self._transport.send_and_wait(subject, payload, headers, lane=self._stream)
+        except (WriteConflict, StoreTimeout, Unavailable) as error:
+            # Our own message may be what it conflicts with: sent twice, acknowledged never.
+            seq = (await self._read_back([(subject, payload)])).get(subject, 0)
+            if seq:
+                return seq
+            raise await self._explain(error) from error
+
+    async def _read_back(self, written: Iterable[tuple[str, bytes]]) -> dict[str, int]:
+        """Return subject -> sequence of those messages that are stored exactly so, as the newest of their subject."""
+        wanted = dict(written)
+        found: dict[str, int] = {}
+        subjects = list(wanted)
+        try:
+            for start in range(0, len(subjects), MANY_SUBJECTS):
+                async for message in self._newest(subjects[start : start + MANY_SUBJECTS], META_SILENCE_SECONDS):
+                    headers = message.headers or {}
+                    subject = headers.get("Nats-Subject", "")
+                    if wanted.get(subject) == message.data:
+                        found[subject] = header_int(headers, "Nats-Sequence")
+        except SyncdError as error:
+            log.debug("read_back_failed", bucket=self._name, reason=error.message)
+        return found
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    async def _collect(self, request: Mapping[str, Any], silence: float) -> tuple[list[Msg], End]:
+        subject = f"{self._api.conn.api}.DIRECT.GET.{self._stream}"
+        try:
+            return await self._transport.collect(subject, request, silence)
+        except NoResponders as error:
+            raise await self._explain(error) from error
+
+    async def _explain(self, error: SyncdError) -> SyncdError:
+        """Find out why nobody answers."""
+        if not isinstance(error, NoResponders):
+            return error
+        try:
+            config = (await self._api.stream_info(self._name))["config"]
+        except BucketNotFound as missing:
+            return missing
+        except (SyncdError, KeyError):
+            return error
+        if config.get("allow_direct") or config.get("mirror_direct"):
+            return error
+        return Unavailable(
+            f"bucket {self._name!r} does not allow direct gets",
+            hint=f"nats stream edit {self._stream} --allow-direct",
+        )
+
+    async def _last(self, subject: str) -> Msg | None:
+        messages = [message async for message in self._newest([subject], META_SILENCE_SECONDS)]
+        return messages[-1] if messages else None
+
+    async def _newest(self, subjects: Sequence[str], silence: float) -> AsyncIterator[Msg]:
+        """Yield the newest message of each subject that has one, in pages."""
+        request: dict[str, Any] = {"multi_last": subjects, "batch": MANY_SUBJECTS}
+        while True:
+            request["max_bytes"] = min(MANY_BYTES, self._transport.page_bytes())
+            messages, end = await self._collect(request, silence)
+            for message in messages:
+                yield message
+            if not end.pending or not messages:
+                return
+            request |= {"seq": end.last_seq + 1, "up_to_seq": end.up_to_seq}
+
+    # -- writing content --------------------------------------------------------------------------------------------
+
+    async def upload(self, source: Source, *, progress: Callable[[int], None] | None = None) -> Stored:
+        """See :class:`syncd.store.base.Bucket`.
+
+        :raises StoreTimeout: also where a change of the stream's leader stored chunks out of order.
+        """
+        upload = _Upload(self, self._fresh_nuid(), source, progress)
+        try:
+            return await upload.run()
+        except BaseException:
+            await upload.abandon()
+            raise
+
+    async def put_many(self, items: Sequence[SmallPut]) -> list[PutResult]:
+        """See :class:`syncd.store.base.Bucket`."""
+        nuids = [self._fresh_nuid() for _ in items]
+        contents = await in_thread(lambda: list(map(_describe, nuids, items)))
+        results: list[PutResult | None] = [None] * len(items)
+        puts: list[_Put] = []
+        for index, (item, nuid, stored) in enumerate(zip(items, nuids, contents, strict=True)):
+            try:
+                puts.append(self._prepare(index, item, stored, nuid))
+            except SyncdError as error:
+                results[index] = PutResult(0, None, error)
+        for put, outcome in await self._put_all(puts):
+            if isinstance(outcome, SyncdError):
+                results[put.index] = PutResult(0, None, outcome)
+            else:
+                results[put.index] = PutResult(outcome, put.stored)
+        assert all(result is not None for result in results)
+        return [result for result in results if result is not None]
+
+    def _prepare(self, index: int, item: SmallPut, stored: Stored | None, nuid: str) -> _Put:
+        if stored is None or len(item.data or b"") > CHUNK_SIZE:
+            raise StoreRejected("a small object has at most one chunk of content")
+        stored = stored if stored.nuid else replace(stored, nuid=nuid)
+        payload = wire.encode_put(self._name, item.meta, stored, nuid=stored.nuid, now_ns=time.time_ns())
+        subject = wire.meta_subject(self._name, item.meta.name)
+        return _Put(index, stored, item.data or b"", subject, payload, item.expected_seq)
+
+    async def _put_all(self, puts: list[_Put]) -> list[tuple[_Put, int | SyncdError]]:
+        try:
+            atomic, _ = await self._flags()
+        except SyncdError as error:
+            if not isinstance(error, NotPermitted):
+                return [(put, error) for put in puts]
+            atomic = False
+        if not atomic:
+            return await self._put_singly(puts)
+        done: list[tuple[_Put, int | SyncdError]] = []
+        again: list[_Put] = []
+        for group, outcome in await self._put_batches(puts):
+            if isinstance(outcome, int):
+                done.extend(zip(group, self._batch_seqs(group, outcome), strict=True))
+            elif isinstance(outcome, BucketSealed | NotPermitted | BucketNotFound):
+                done.extend((put, outcome) for put in group)
+            elif isinstance(outcome, StoreTimeout | Unavailable) and not isinstance(outcome, Busy):
+                stored = await self._read_back((put.subject, put.payload) for put in group)
+                done.extend((put, stored[put.subject]) for put in group if put.subject in stored)
+                again.extend(put for put in group if put.subject not in stored)
+            else:
+                if isinstance(outcome, ApiError) and outcome.code == ATOMIC_DISABLED:
+                    self._atomic = False
+                again.extend(group)
+        if again:
+            done.extend(await self._put_singly(again))
+        return done
+
+    async def _put_batches(self, puts: list[_Put]) -> list[tuple[list[_Put], int | SyncdError]]:
+        """Send atomic batches, several under way; returns the sequence of each batch's last message, or its error."""
+        flying: deque[tuple[list[_Put], Outgoing]] = deque()
+        done: list[tuple[list[_Put], int | SyncdError]] = []
+
+        async def land() -> None:
+            group, out = flying[0]
+            try:
+                done.append((group, await out.acked))
+            except SyncdError as error:
+                done.append((group, error))
+            flying.popleft()
+
+        left = deque(puts)
+        try:
+            while left:
+                group = _take_group(left, min(MANY_BYTES, self._transport.writing.limit))
+                *head, (subject, payload, headers) = self._batch_messages(group)
+                try:
+                    out = await self._transport.publish(
+                        subject, payload, headers, lane=self._stream, head=head, again=False
+                    )
+                except SyncdError as error:
+                    done.extend([(group, error), (list(left), error)])
+                    break
+                flying.append((group, out))
+                if len(flying) >= _OPEN_BATCHES:
+                    await land()
+            while flying:
+                await land()
+        finally:
+            for _, out in flying:
+                self._transport.forget(out)
+        return done
+
+    def _batch_messages(self, group: Sequence[_Put]) -> list[tuple[str, bytes, dict[str, str]]]:
+        """Lay out an atomic batch (ADR-50)."""
+        messages: list[tuple[str, bytes, dict[str, str]]] = []
+        for put in group:
+            if put.data:
+                messages.append((wire.chunk_subject(self._name, put.stored.nuid), put.data, {}))
+            messages.append((put.subject, put.payload, put.meta_headers))
+        batch = self._fresh_nuid()
+        for number, (_, _, headers) in enumerate(messages, 1):
+            headers["Nats-Batch-Id"] = batch
+            headers["Nats-Batch-Sequence"] = str(number)
+        messages[-1][2]["Nats-Batch-Commit"] = "1"
+        return messages
+
+    @staticmethod
+    def _batch_seqs(group: Sequence[_Put], last: int) -> list[int]:
+        """Return the metadata sequences of a committed batch: its messages are stored without gap."""
+        seqs = []
+        for put in reversed(group):
+            seqs.append(last)
+            last -= 2 if put.data else 1
+        return seqs[::-1]
+
+    async def _put_singly(self, puts: Sequence[_Put]) -> list[tuple[_Put, int | SyncdError]]:
+        """Chunks first, then the metadata of those whose chunk is acknowledged."""
+        with_data = [put for put in puts if put.data]
+        acks = await self._publish_all(
+            [
+                (
+                    wire.chunk_subject(self._name, put.stored.nuid),
+                    put.data,
+                    {"Nats-Msg-Id": f"{put.stored.nuid}.0"},
+                )
+                for put in with_data
+            ]
+        )
+        failed = {put.index: ack for put, ack in zip(with_data, acks, strict=True) if isinstance(ack, SyncdError)}
+        ready = [put for put in puts if put.index not in failed]
+        answers = await self._publish_all(
+            [(put.subject, put.payload, {**put.meta_headers, "Nats-Msg-Id": self._fresh_nuid()}) for put in ready]
+        )
+        outcomes: list[tuple[_Put, int | SyncdError]] = [
+            (put, failed[put.index]) for put in puts if put.index in failed
+        ]
+        doubtful = [put for put, ack in zip(ready, answers, strict=True) if isinstance(ack, _MAY_BE_STORED)]
+        stored = await self._read_back((put.subject, put.payload) for put in doubtful) if doubtful else {}
+        orphans: list[str] = []
+        for put, ack in zip(ready, answers, strict=True):
+            if isinstance(ack, SyncdError) and put.subject in stored:
+                outcomes.append((put, stored[put.subject]))
+                continue
+            outcomes.append((put, ack))
+            if isinstance(ack, WriteConflict | StoreFull | StoreRejected) and put.data:
+                orphans.append(put.stored.nuid)
+        await self._clean_up(orphans)
+        return outcomes
+
+    async def _publish_all(self, messages: Sequence[tuple[str, bytes, Mapping[str, str]]]) -> list[int | SyncdError]:
+        """Publish in a pipeline; one acknowledgement or error per message."""
+        outs: list[Outgoing] = []
+        acks: list[int | SyncdError] = []
+        unsent: SyncdError | None = None
+        try:
+            for subject, payload, headers in messages:
+                try:
+                    outs.append(await self._transport.publish(subject, payload, headers, lane=self._stream))
+                except SyncdError as error:
+                    unsent = error
+                    break
+            for out in outs:
+                try:
+                    acks.append(await out.acked)
+                except SyncdError as error:
+                    acks.append(error)
+        finally:
+            for out in outs:
+                self._transport.forget(out)
+        if unsent is not None:
+            acks.extend([unsent] * (len(messages) - len(outs)))
+        return acks
+
+    async def remove_chunks(self, nuid: str) -> None:
+        """See :class:`syncd.store.base.Bucket`."""
+        if not wire.is_nuid(nuid):
+            raise StoreRejected("a nuid that is no subject token")
+        subject = wire.chunk_subject(self._name, nuid)
+        _, ttl = await self._flags()
+        if ttl:
+            try:
+                headers = {**ROLLUP, "Nats-TTL": "1"}
+                await self._transport.send_and_wait(subject, b"", headers, lane=self._stream)
+            except ApiError as error:
+                if error.code != TTL_DISABLED:
+                    raise
+                self._ttl = False
+            except NoResponders as error:
+                raise await self._explain(error) from error
+            else:
+                return
+        await self._api.call(f"STREAM.PURGE.{self._stream}", {"filter": subject})
+
+    async def _clean_up(self, nuids: Sequence[str]) -> None:
+        """Remove chunks that nothing announces, as far as that goes quickly; the publisher's audit finds the rest."""
+        if not nuids:
+            return
+
+        async def remove() -> None:
+            for nuid in nuids:
+                await self.remove_chunks(nuid)
+
+        task = asyncio.create_task(remove())
+        try:
+            await asyncio.wait({task}, timeout=CLEANUP_SECONDS)
+        finally:
+            task.cancel()
+            (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        if outcome is not None:
+            log.debug("chunks_left_behind", bucket=self._name, objects=len(nuids), reason=str(outcome))
+
+    async def list_chunks(self) -> AsyncIterator[dict[str, int]]:
+        """See :class:`syncd.store.base.Bucket`."""
+        prefix = wire.chunk_prefix(self._name)
+        offset = 0
+        while True:
+            request = {"subjects_filter": wire.chunk_filter(self._name), "offset": offset}
+            info = await self._api.stream_info(self._name, request)
+            state = info.get("state") or {}
+            subjects = state.get("subjects") or {}
+            page = {
+                subject.removeprefix(prefix): count
+                for subject, count in subjects.items()
+                if subject.startswith(prefix) and type(count) is int
+            }
+            if page:
+                yield page
+            offset += len(subjects)
+            if not subjects or offset >= int(info.get("total", 0)):
+                return
+
+    # -- reading content --------------------------------------------------------------------------------------------
+
+    async def download(
+        self, info: ObjectInfo, sink: Sink, *, progress: Callable[[int], None] | None = None
+    ) -> tuple[str, str]:
+        """See :class:`syncd.store.base.Bucket`."""
+        check_readable(info)
+        hashes = _Hashes()
+        meter = _Meter(info)
+        page: asyncio.Task[tuple[list[Msg], End]] | None = None
+        if info.chunks:
+            page = asyncio.create_task(self._chunk_page(info, meter))
+        try:
+            while page is not None:
+                messages, end = await page
+                data = [message.data for message in messages]
+                meter.count(data, end.last_seq)
+                page = None
+                if not meter.complete:
+                    page = asyncio.create_task(self._chunk_page(info, meter))
+                await in_thread(lambda data=data: hashes.pass_on(data, sink))  # type: ignore[misc]
+                if progress is not None:
+                    progress(sum(map(len, data)))
+        finally:
+            if page is not None:
+                page.cancel()
+                await asyncio.gather(page, return_exceptions=True)
+        if hashes.sha256.hexdigest() != info.sha256:
+            raise ObjectCorrupt("its content does not match its SHA-256 digest")
+        return hashes.blake3.hexdigest(), hashes.sha256.hexdigest()
+
+    async def _chunk_page(self, info: ObjectInfo, meter: _Meter) -> tuple[list[Msg], End]:
+        """Fetch the next chunks; a replica that has none yet is asked again for a short time."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + STALE_SECONDS
+        while True:
+            request = {
+                "batch": info.chunks - meter.chunks + 1,
+                "seq": meter.seq + 1,
+                "next_by_subj": wire.chunk_subject(self._name, info.nuid),
+                "max_bytes": self._transport.page_bytes(),
+                "no_hdr": True,
+            }
+            messages, end = await self._collect(request, CHUNK_SILENCE_SECONDS)
+            if messages:
+                return messages, end
+            if loop.time() >= give_up:
+                raise ObjectGone(f"{info.chunks - meter.chunks} of {info.chunks} chunks are gone")
+            await asyncio.sleep(STALE_STEP)
+
+    async def download_many(self, infos: Sequence[ObjectInfo]) -> AsyncIterator[tuple[ObjectInfo, bytes | Exception]]:
+        """See :class:`syncd.store.base.Bucket`.
+
+        :raises SyncdError: the store itself fails; the items not yielded by then are undecided.
+        """
+        left = deque(infos)
+        flying: deque[asyncio.Task[list[tuple[ObjectInfo, bytes | Exception]]]] = deque()
+        try:
+            while left or flying:
+                while left and len(flying) < _GROUPS_UNDER_WAY:
+                    group = _take_infos(left, min(MANY_BYTES, self._transport.page_bytes()))
+                    flying.append(asyncio.create_task(self._fetch_group(group)))
+                for item in await flying[0]:
+                    yield item
+                flying.popleft()
+        finally:
+            for task in flying:
+                task.cancel()
+            await asyncio.gather(*flying, return_exceptions=True)
+
+    async def _fetch_group(self, infos: Sequence[ObjectInfo]) -> list[tuple[ObjectInfo, bytes | Exception]]:
+        done: list[tuple[ObjectInfo, bytes | Exception]] = []
+        wanted: dict[str, list[ObjectInfo]] = {}
+        found: list[tuple[ObjectInfo, bytes]] = []
+        for info in infos:
+            try:
+                check_readable(info)
+                if info.chunks > 1:
+                    raise ObjectCorrupt("more than one chunk")
+            except ObjectCorrupt as error:
+                done.append((info, error))
+                continue
+            if info.chunks:
+                wanted.setdefault(wire.chunk_subject(self._name, info.nuid), []).append(info)
+            else:
+                found.append((info, b""))
+        for attempt in range(_MISSING_TRIES):
+            if not wanted:
+                break
+            if attempt:
+                await asyncio.sleep(STALE_STEP)
+            async for message in self._newest(list(wanted), CHUNK_SILENCE_SECONDS):
+                for info in wanted.pop((message.headers or {}).get("Nats-Subject", ""), []):
+                    if len(message.data) == info.size:
+                        found.append((info, message.data))
+                    elif message.data:
+                        done.append((info, ObjectCorrupt("its chunk has not the size its metadata says")))
+                    else:  # a remover's rollup, about to expire
+                        done.append((info, ObjectGone("its chunk was removed")))
+        done.extend((info, ObjectGone("its chunk is gone")) for group in wanted.values() for info in group)
+        done.extend(await in_thread(lambda: [_verified(info, data) for info, data in found]))
+        return done
+
+
+_OPEN_BATCHES: Final = 4
+_GROUPS_UNDER_WAY: Final = 2
+_MISSING_TRIES: Final = 3
+_MAY_BE_STORED: Final = (WriteConflict, StoreTimeout, Unavailable)
+
+
+def newest_of(metas: Iterable[ObjectInfo | BadMeta]) -> tuple[ObjectInfo | BadMeta, ...]:
+    """Keep the last metadata message of each name (JavaScript writes links without rollup), in sequence order."""
+    kept: dict[tuple[bool, str], ObjectInfo | BadMeta] = {}
+    for meta in metas:
+        key = (True, meta.subject) if isinstance(meta, BadMeta) else (False, meta.name)
+        kept.pop(key, None)
+        kept[key] = meta
+    return tuple(kept.values())
+
+
+def _verified(info: ObjectInfo, data: bytes) -> tuple[ObjectInfo, bytes | Exception]:
+    if hashlib.sha256(data).hexdigest() != info.sha256:
+        return info, ObjectCorrupt("its content does not match its SHA-256 digest")
+    return info, data
+
+
+def _take_group(left: deque[_Put], limit: int) -> list[_Put]:
+    group = [left.popleft()]
+    size, messages, subjects = group[0].size, 2, {group[0].subject}
+    while left and size + left[0].size <= limit and messages + 2 <= BATCH_MESSAGES:
+        if left[0].subject in subjects:
+            break  # the server refuses to roll one subject up twice in a batch
+        group.append(left.popleft())
+        subjects.add(group[-1].subject)
+        size += group[-1].size
+        messages += 2
+    return group
+
+
+def _take_infos(left: deque[ObjectInfo], limit: int) -> list[ObjectInfo]:
+    group = [left.popleft()]
+    size = group[0].size
+    while left and size + left[0].size <= limit and len(group) < MANY_SUBJECTS:
+        group.append(left.popleft())
+        size += group[-1].size + 512
+    return group

@@ -266,7 +266,7 @@ def _is_refusal(exc: BaseException) -> bool:
     return isinstance(exc, nats.errors.Error) and any(part in text for part in _REFUSED_TEXTS)
 
 
-def _explain(exc: BaseException, server: _Server, options: ConnectionOptions) -> SyncdError:  # noqa: PLR0911 - a table
+def _explain(exc: BaseException, server: _Server, options: ConnectionOptions) -> SyncdError:
     """Say why a connection to ``server`` could not be made, or ended."""
     host = server.host
     if isinstance(exc, SyncdError):
@@ -276,10 +276,7 @@ def _explain(exc: BaseException, server: _Server, options: ConnectionOptions) ->
     if isinstance(exc, ssl.SSLError):
         reason = (exc.reason or str(exc)).replace("_", " ").lower()
         if "alert" in reason and ("certificate" in reason or "unknown ca" in reason):
-            return NotPermitted(
-                f"nats server at {host} refused our TLS certificate: {reason}",
-                hint="check tls.cert_file and tls.key_file",
-            )
+            return _certificate_refused(server, reason)
         return Unavailable(f"TLS with nats server at {host} failed: {reason}")
     if isinstance(exc, nats.errors.SecureConnWantedError):
         return _CertificateProblem(
@@ -296,6 +293,13 @@ def _explain(exc: BaseException, server: _Server, options: ConnectionOptions) ->
     if "expecting INFO" in str(exc):
         return Unavailable(f"nats server at {host} closed the connection, or does not speak NATS")
     return Unavailable(f"cannot reach nats server at {host}: {_text(exc)}")
+
+
+def _certificate_refused(server: _Server, reason: str) -> NotPermitted:
+    return NotPermitted(
+        f"nats server at {server.host} refused our TLS certificate: {reason}",
+        hint="check tls.cert_file and tls.key_file",
+    )
 
 
 def _explain_certificate(exc: ssl.SSLCertVerificationError, server: _Server, options: ConnectionOptions) -> SyncdError:
@@ -436,10 +440,9 @@ class _Client(Client):
 
     def __init__(self, *, must_tls: bool) -> None:
         super().__init__()
-        # nats-py sends a JWT given by callback only if INFO says auth_required.
-        self._auth_configured = True
         self._must_tls = must_tls
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.wants_certificate = False
         self.on_lost: Callable[[], None] | None = None
 
     async def _select_next_server(self) -> None:
@@ -455,6 +458,7 @@ class _Client(Client):
     ) -> None:
         # The original talks (and sends the password) in clear text where INFO, which anybody on the way may
         # have written, does not require TLS.
+        self.wants_certificate = bool(info.get("tls_verify"))
         if initial_connection and self._must_tls and not self.options["tls_handshake_first"]:
             info["tls_required"] = bool(info.get("tls_required") or info.get("tls_available"))
             if not info["tls_required"]:
@@ -505,9 +509,7 @@ class _Client(Client):
         if self._flush_queue is not None:  # else connect() never began, and there is nothing to close
             await self.close()
         tasks = {t for t in self._tasks | self.loops() if not t.done()} - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
+        if tasks:  # close() has cancelled them
             await asyncio.wait(tasks, timeout=1)
         await asyncio.sleep(0)  # the aborted transport closes its socket in the next turn of the loop
 
@@ -762,10 +764,15 @@ class Connection:
                 )
             # nats-py 2.16 takes a closed socket for a PONG, and stays "connecting".
             if not client.is_connected:
-                raise client.last_error or nats.errors.UnexpectedEOF()  # noqa: TRY301
+                raise client.last_error or nats.errors.UnexpectedEOF()
         except Exception as exc:  # a border: whatever nats-py raises, the daemon goes on trying
+            error = _explain(exc, server, options)
+            # RACE: with TLS 1.3 the server judges our certificate after the handshake; its alert gets lost where it
+            # closes the socket on bytes of ours it has not read. Then only the loss is seen.
+            if client.wants_certificate and isinstance(exc, ConnectionError | nats.errors.UnexpectedEOF):
+                error = _certificate_refused(server, "it wants one that it trusts")
             await client.dispose()
-            raise _explain(exc, server, options) from exc
+            raise error from exc
         except BaseException:
             await client.dispose()
             raise

@@ -12,9 +12,9 @@ import asyncio
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
@@ -49,6 +49,9 @@ from syncd.store.base import (
     Source,
     Stored,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 PAGE = 500
 
@@ -133,9 +136,7 @@ class _Stream:
         self.last_seq += 1
         return _Message(self.last_seq, time.time_ns(), payload, headers or {})
 
-    def put_meta(
-        self, subject: str, payload: bytes, expected: int | None, headers: Mapping[str, str]
-    ) -> _Message:
+    def put_meta(self, subject: str, payload: bytes, expected: int | None, headers: Mapping[str, str]) -> _Message:
         current = self.metas.get(subject)
         if expected is not None and (current.seq if current else 0) != expected:
             raise WriteConflict("somebody else wrote the object since")
@@ -183,9 +184,7 @@ class MemoryStore:
         for listener in list(self._listeners):
             listener.wake(0)
 
-    def write_raw_meta(
-        self, bucket: str, token: str, payload: bytes, headers: Mapping[str, str] | None = None
-    ) -> int:
+    def write_raw_meta(self, bucket: str, token: str, payload: bytes, headers: Mapping[str, str] | None = None) -> int:
         """Store a metadata message as some other client might; return its sequence."""
         subject = f"$O.{bucket}.M.{token}"
         seq = self.stream(bucket).put_meta(subject, payload, None, headers or {}).seq
@@ -344,7 +343,7 @@ class MemoryBucket:
                 with_stream.chunks.pop(nuid, None)
             raise
         if not size:
-            return replace(EMPTY, nuid=nuid)
+            return EMPTY
         return Stored(nuid, chunks, size, digest.hexdigest(), sha256.hexdigest())
 
     async def put_meta(self, meta: ObjectMeta, stored: Stored, *, expected_seq: int | None) -> int:
@@ -434,9 +433,7 @@ class MemoryBucket:
             raise ObjectCorrupt("content does not match its metadata")
         return digest.hexdigest(), sha256.hexdigest()
 
-    async def download_many(
-        self, infos: Sequence[ObjectInfo]
-    ) -> AsyncIterator[tuple[ObjectInfo, bytes | Exception]]:
+    async def download_many(self, infos: Sequence[ObjectInfo]) -> AsyncIterator[tuple[ObjectInfo, bytes | Exception]]:
         """See :class:`syncd.store.base.Bucket`."""
         order = reversed(infos) if self._store.faults.reorder else iter(infos)
         for info in order:

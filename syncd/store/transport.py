@@ -25,13 +25,10 @@ import nats.errors
 from syncd.errors import (
     BadName,
     BucketNotFound,
-    BucketSealed,
-    StoreFull,
     StoreRejected,
     StoreTimeout,
     SyncdError,
     Unavailable,
-    WriteConflict,
 )
 from syncd.retry import backoff
 from syncd.store.connection import MAX_CONTROL_LINE, Connection, NoResponders, as_syncd_error, send
@@ -73,63 +70,6 @@ _CONTROL_LINE_REST: Final = 64  # verb, blanks and lengths beside subject and re
 _HEADER_REST: Final = 256
 _ACK = re.compile(rb'\{"stream":"[^"]*", ?"seq":(\d+)[,}]')
 _NO_RESPONDERS = "503"
-
-_FULL: Final = frozenset({10077, 10047, 10023, 10122})
-_CONFLICT: Final = frozenset({10071, 10070, 10164})
-_SEALED: Final = frozenset({10109})
-_NOT_FOUND: Final = frozenset({10059})
-NO_JETSTREAM: Final = frozenset({10039, 10076})
-TTL_DISABLED: Final = 10166
-ATOMIC_DISABLED: Final = 10174
-
-
-class ApiError(StoreRejected):
-    """The server's refusal with a code that has no word of ours."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class Busy(Unavailable):
-    """The server sheds load; the same message may be taken in a moment."""
-
-
-def api_error(error: object, doing: str) -> SyncdError:  # noqa: PLR0911 - a table
-    """Translate the ``error`` object of a JetStream answer (https://docs.nats.io, "JetStream API errors")."""
-    fields = error if isinstance(error, dict) else {}
-    code = fields.get("err_code", 0)
-    status = fields.get("code", 0)
-    text = str(fields.get("description", "no reason given"))[:300]
-    if code in _FULL:
-        return StoreFull(f"{doing}: {text}", hint="raise max_bytes of the bucket, or free space on the server")
-    if code in _CONFLICT:
-        return WriteConflict(f"{doing}: somebody else wrote it since ({text})")
-    if code in _SEALED:
-        return BucketSealed(f"{doing}: the bucket is sealed")
-    if code in _NOT_FOUND:
-        return BucketNotFound(f"{doing}: the bucket does not exist")
-    if code in NO_JETSTREAM:
-        return Unavailable(f"{doing}: {text}")
-    if status in {429, 503}:
-        return Busy(f"{doing}: {text}")
-    return ApiError(f"{doing}: {text} (code {code})", code if isinstance(code, int) else 0)
-
-
-def read_json(payload: bytes, doing: str) -> dict[str, Any]:
-    """Read an answer of the JetStream API.
-
-    :raises SyncdError: the answer is an error, or unreadable.
-    """
-    try:
-        answer = json.loads(payload)
-    except (ValueError, RecursionError):
-        raise Unavailable(f"{doing}: the server's answer is not readable") from None
-    if not isinstance(answer, dict):
-        raise Unavailable(f"{doing}: the server's answer is not readable")
-    if answer.get("error"):
-        raise api_error(answer["error"], doing)
-    return answer
 
 
 class Window:
@@ -561,7 +501,11 @@ class Transport:
             for out in list(lane.held.values()):
                 self._fail(out, lane.reason)
             return
-        if not lane.held or now < lane.next_probe or any(out.lane == name and out.order not in lane.held for out in self._out.values()):
+        if (
+            not lane.held
+            or now < lane.next_probe
+            or any(out.lane == name and out.order not in lane.held for out in self._out.values())
+        ):
             return
         lane.next_probe = now + next(lane.waits)
         if isinstance(lane.reason, NoResponders) and await self._is_gone(name):
@@ -681,12 +625,6 @@ class Transport:
                 self.reading.give(size)
             await asyncio.sleep(next(waits))
         raise AssertionError("unreachable")
-
-
-def header_int(headers: Mapping[str, str], name: str) -> int:
-    """Read a decimal header, 0 where it is absent or something else."""
-    text = headers.get(name, "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0  # noqa: PLR2004 - an uint64
 
 
 def _ended() -> Unavailable:

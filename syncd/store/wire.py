@@ -136,11 +136,7 @@ def parse_time(text: str) -> int:
 def format_time(ns: int) -> str:
     """Write nanoseconds since the epoch as RFC 3339 with microseconds, as nats-py does."""
     seconds, rest = divmod(ns, 1_000_000_000)
-    return (
-        datetime.fromtimestamp(seconds, UTC)
-        .replace(microsecond=rest // 1000)
-        .isoformat(timespec="microseconds")
-    )
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000).isoformat(timespec="microseconds")
 
 
 # -- writing --------------------------------------------------------------------------------------------------------

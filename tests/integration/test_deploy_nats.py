@@ -15,6 +15,12 @@ import nats
 import pytest
 import yaml
 
+from syncd.errors import NotPermitted
+from syncd.settings import load
+from syncd.store.base import BucketSpec, ObjectInfo, ObjectMeta, SmallPut
+from syncd.store.bucket import NatsStore
+from syncd.store.connection import Connection, ConnectionOptions, require_jetstream
+from syncd.store.probe import missing_permissions
 from tests.support.server import NatsServer, free_port, nats_server_binary
 
 if TYPE_CHECKING:
@@ -374,3 +380,54 @@ async def test_nobody_comes_in_without_the_password(
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+
+def connection_of(block: int, server: NatsServer, directory: Path) -> Connection:
+    """The connection that one of the README's examples makes, but for the address and the password's file."""
+    text = re.findall(r"^```toml\n(.*?)^```$", (DEPLOY / "README.md").read_text(), re.MULTILINE | re.DOTALL)[block]
+    config = directory / f"fleet-{block}.toml"
+    config.write_text(text)
+    options = load(config, {"HOME": "/nonexistent", "SYNCD_NATS__SERVERS": json.dumps([server.url])}).nats
+    secret = directory / f"password-{block}"
+    secret.write_text(PASSWORDS[options.user.upper().replace("-", "_")] + "\n")
+    return Connection(
+        ConnectionOptions(
+            servers=options.servers,
+            name=options.user,
+            user=options.user,
+            password_file=str(secret),
+            api_prefix=options.prefix,
+            inbox_prefix=options.inbox_prefix,
+        )
+    )
+
+
+@pytest.mark.fault("K12")
+async def test_syncd_works_with_these_rights(server: NatsServer, tmp_path: Path) -> None:
+    """The README's publisher creates and fills the bucket, its host reads it, hears of it, and cannot write."""
+    publisher, host = connection_of(0, server, tmp_path), connection_of(1, server, tmp_path)
+    try:
+        await publisher.start(SECONDS)
+        await host.start(SECONDS)
+        await require_jetstream(publisher)
+        assert await missing_permissions(publisher, "app", publish=True) == []
+        source, mirror = NatsStore(publisher).bucket("app"), NatsStore(host).bucket("app")
+        state = await NatsStore(publisher).create_bucket("app", BucketSpec())
+        assert state.republished
+        assert await missing_permissions(host, "app", publish=False) == []
+        assert (await mirror.state()).created == state.created
+        async with asyncio.timeout(20), mirror.hints() as hints:
+            puts = [SmallPut(ObjectMeta(name), name.encode(), None, 0) for name in ("a", "b/c")]
+            results = await source.put_many(puts)
+            assert [result.error for result in results] == [None, None]
+            while await hints.wait(SECONDS) < results[-1].seq:
+                pass
+            infos = [item async for page in mirror.changes(0) for item in page.items if isinstance(item, ObjectInfo)]
+            contents = {info.name: data async for info, data in mirror.download_many(infos)}
+            assert contents == {"a": b"a", "b/c": b"b/c"}
+            await source.remove_chunks(infos[0].nuid)
+            with pytest.raises(NotPermitted):
+                await mirror.delete("a", expected_seq=None, metadata={})
+    finally:
+        await host.close()
+        await publisher.close()

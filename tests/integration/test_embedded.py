@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -400,15 +401,26 @@ async def test_the_servers_log_becomes_our_events(tmp_path):
     assert any("Exiting" in event["text"] for event in said)
 
 
+class Endless:
+    """A pipe whose other end never writes a newline, but for the end."""
+
+    def __init__(self) -> None:
+        self.left = [b"x" * 60_000] * 500 + [b"\nshort\n" + b"y" * 5000 + b"\nlast \xff"]
+
+    async def read(self, _size: int) -> bytes:
+        return self.left.pop(0) if self.left else b""
+
+
 async def test_endless_lines_are_cut_and_cost_no_memory():
-    reader = asyncio.StreamReader(limit=1 << 16)
-    for _ in range(100):
-        reader.feed_data(b"x" * 60_000)
-    reader.feed_data(b"\nshort\n" + b"y" * 5000 + b"\nlast \xff")
-    reader.feed_eof()
-    lines = [line async for line in embedded._lines(reader)]
+    tracemalloc.start()
+    try:
+        lines = [line async for line in embedded._lines(Endless())]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert [len(line) for line in lines] == [embedded.LINE_LIMIT, 5, embedded.LINE_LIMIT, 6]
     assert lines[-1] == "last \ufffd"
+    assert peak < 1_000_000
 
 
 async def test_a_chatty_server_never_blocks_on_its_log(tmp_path):

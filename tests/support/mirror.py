@@ -71,10 +71,8 @@ class Keeper:
             if want is not None and want.kind is not Kind.DIR and not (have is not None and have.same_content(want)):
                 staged = self.stage(tree[path])
             rows.append(Difference(path, have, found, want, staged))
-        metas = []
-        for path in parents_of(row.path for row in rows):
-            if path in tree and tree[path].entry.kind is Kind.DIR:
-                metas.append(DirMeta(path, tree[path].entry.mode, tree[path].entry.mtime_ns))
+        above = {path: tree[path].entry for path in parents_of(row.path for row in rows) if path in tree}
+        metas = [DirMeta(path, it.mode, it.mtime_ns) for path, it in above.items() if it.kind is Kind.DIR]
         return plan_mirror(rows, metas)
 
     def stage(self, node: Node) -> str:
@@ -119,7 +117,7 @@ def snapshot(root: Path) -> dict[str, tuple[object, ...]]:
             mode = stat.S_IMODE(now.st_mode)
             key = str(path.relative_to(root))
             if stat.S_ISLNK(now.st_mode):
-                found[key] = ("symlink", now.st_mtime_ns, os.readlink(path))
+                found[key] = ("symlink", now.st_mtime_ns, str(path.readlink()))
             elif stat.S_ISDIR(now.st_mode):
                 found[key] = ("dir", mode, now.st_mtime_ns)
             elif stat.S_ISREG(now.st_mode):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from syncd.errors import SafetyHalt
-from syncd.publisher import Publisher, PublishOptions
+from syncd.holdings import PublishOptions
+from syncd.publisher import Publisher
 from syncd.rules import Rules
 from syncd.status import FolderStatus, StatusKeeper
 from syncd.store.base import BucketSpec, Link, ObjectMeta, SmallPut

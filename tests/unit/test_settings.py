@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from syncd.checks import disk_findings, errors_of, problems_of
 from syncd.errors import ConfigError
@@ -148,6 +149,7 @@ def test_dot_dot_is_what_the_kernel_means_and_a_root_that_is_a_symlink_stays_one
 def test_a_tilde_is_the_home_directory_of_the_environment():
     settings = load(None, {"HOME": "/home/u", "SYNCD_NATS__CREDS_FILE": "~/u.creds"})
     assert settings.nats.creds_file == Path("/home/u/u.creds")
+    assert load(None, {"HOME": "/home/u", "SYNCD_DAEMON__STATE_DIR": "~"}).daemon.state_dir == Path("/home/u")
 
 
 @pytest.mark.parametrize(
@@ -280,6 +282,9 @@ def test_no_message_holds_a_secret(tmp_path):
         load(write(tmp_path, 'nats = "nats://u:hunter2@h"'), {})
     assert "hunter2" not in str(caught.value) + "".join(caught.value.problems) + repr(caught.value.__context__)
     assert "hunter2" not in repr(load(None, {"SYNCD_NATS__PASSWORD": "hunter2"}))
+    with pytest.raises(ValidationError) as refused:
+        NatsSettings.model_validate({"password": ["hunter2"]})
+    assert "hunter2" not in str(refused.value)
 
 
 @pytest.mark.fault("P3")

@@ -1,0 +1,104 @@
+"""What the mirror has: compares its files with the index and decides what is drift. Blocking."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import structlog
+
+from syncd.errors import SyncdError
+from syncd.index import LocalRow
+from syncd.model import Entry, Kind, Problem, Stat
+from syncd.problems import ProblemBook
+
+if TYPE_CHECKING:
+    from syncd.index import Index
+    from syncd.mirror import Disk, Mirror
+
+log = structlog.get_logger()
+
+DriftPolicy = Literal["repair", "report", "keep"]
+
+
+class DriftCheck:
+    """A mirror directory and the ``local`` half of its index.
+
+    :ivar held: drifted paths that stay as they are by policy, with what was found there (``None``: nothing).
+    :ivar problems: paths that could not be read, brought up or, under "report", have drifted.
+    """
+
+    def __init__(self, mirror: Mirror, index: Index, policy: DriftPolicy, folder: str) -> None:
+        self._mirror = mirror
+        self._index = index
+        self._policy = policy
+        self._log = log.bind(folder=folder, role="subscribe")
+        self.problems = ProblemBook(self._log, "path_problem")
+        self.held: dict[str, Stat | None] = {}
+        self.stopping = False
+
+    def check(self) -> None:
+        """Compare the mirror's files with the index by their stat fields, and what differs by content."""
+        self.problems.begin()
+        held, self.held = self.held, {}
+        for row in self._index.iter_local():
+            if self.stopping:
+                return
+            disk = self._mirror.look(row.path)
+            if disk is not None and _unchanged(row, disk):
+                continue
+            if row.path in held and held[row.path] == (disk.stat if disk else None):
+                self.held[row.path] = held[row.path]  # left as it is by policy, and the same as last time
+                self._report_drift(row.path, again=True)
+                continue
+            self._recheck(row, disk)
+
+    def _recheck(self, row: LocalRow, disk: Disk | None) -> None:
+        """Read a path whose stat fields changed, and decide whether that is drift."""
+        have = None if disk is None else self._read_back(row.path, disk)
+        remote = self._index.remote(row.path)
+        harmless = have is not None and (
+            have.entry.same_content(row.entry) or (remote is not None and have.entry.same_content(remote.entry))
+        )
+        if not harmless and self._policy != "repair":
+            self.held[row.path] = disk.stat if disk else None
+            self._report_drift(row.path)
+            return
+        if not harmless:
+            self._report_drift(row.path)
+        if have is None:
+            self._index.drop_local([row.path])  # gone, or another kind of thing, which the plan then finds in its way
+        else:
+            self._index.put_local([have])
+
+    def _read_back(self, path: str, disk: Disk) -> LocalRow | None:
+        """Describe what is at a path now; ``None`` where that is nothing that syncd could have written."""
+        stat = disk.stat
+        if disk.kind is Kind.DIR:
+            return LocalRow(path, Entry(Kind.DIR, disk.mode, stat.mtime_ns), stat)
+        if disk.kind is Kind.SYMLINK:
+            return LocalRow(path, Entry(Kind.SYMLINK, 0o777, stat.mtime_ns, target=disk.target), stat)
+        if disk.kind is not Kind.FILE:
+            return None
+        try:
+            digest, sha256, stat = self._mirror.read_digests(path)
+        except SyncdError as error:
+            self.problems.note(Problem(path, "unreadable", error.message))
+            return None
+        return LocalRow(path, Entry(Kind.FILE, disk.mode, stat.mtime_ns, stat.size, digest, sha256), stat)
+
+    def _report_drift(self, path: str, *, again: bool = False) -> None:
+        if not again:
+            self._log.warning("drift", path=path, policy=self._policy)
+        if self._policy == "report":
+            self.problems.note(Problem(path, "drift", "changed in the mirror by somebody else"))
+
+
+def _unchanged(row: LocalRow, disk: Disk) -> bool:
+    """Tell whether the quick check holds; a directory's and a symlink's own fields are all there is to compare."""
+    if disk.kind is not row.entry.kind:
+        return False
+    if disk.kind is Kind.FILE:
+        return disk.stat == row.stat and disk.mode == row.entry.mode
+    if disk.kind is Kind.SYMLINK:
+        return disk.target == row.entry.target and disk.stat.mtime_ns == row.entry.mtime_ns
+    return disk.mode == row.entry.mode and disk.stat.mtime_ns == row.entry.mtime_ns

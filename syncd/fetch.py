@@ -1,0 +1,234 @@
+"""Where content comes from: this mirror if it has it, else the bucket; staged and verified, never yet in place."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from syncd.errors import DiskProblem, ObjectCorrupt, ObjectGone, SyncdError
+from syncd.index import LocalRow, RemoteRow
+from syncd.model import Entry, Kind, Problem
+from syncd.retry import backoff
+from syncd.store.mapping import object_info, remote_row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from syncd.index import Index
+    from syncd.mirror import Mirror
+    from syncd.progress import Meter
+    from syncd.service import FolderThread
+    from syncd.store.base import Bucket, Store
+
+SMALL_FILE = 64 * 1024
+FETCH_ITEMS = 500
+FETCH_BYTES = 4 * 1024 * 1024
+PARALLEL_DOWNLOADS = 4
+FETCH_TRIES = 4
+
+Row = tuple[str, LocalRow | None, RemoteRow | None]
+"""One line of a diff: path, what syncd keeps in the mirror, what the bucket announces."""
+
+
+@dataclass(slots=True)
+class PullResult:
+    """What one or more rounds did."""
+
+    placed: int = 0
+    removed: int = 0
+    downloaded_bytes: int = 0
+    reused_bytes: int = 0
+    drifted: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Fetch:
+    """One file whose content is to be staged.
+
+    :ivar staged: the name of the staged content, "" while there is none.
+    :ivar in_place: what is at the path already, with the content that is wanted.
+    :ivar error: why the content could not be had.
+    """
+
+    row: RemoteRow
+    staged: str = ""
+    in_place: LocalRow | None = None
+    error: SyncdError | None = None
+
+    @property
+    def small(self) -> bool:
+        """Whether it is fetched together with others."""
+        return self.row.entry.size <= SMALL_FILE and self.row.chunks <= 1
+
+
+class Fetcher:
+    """Stages the content of a batch."""
+
+    def __init__(self, store: Store, index: Index, mirror: Mirror, thread: FolderThread) -> None:
+        self._store = store
+        self._index = index
+        self._mirror = mirror
+        self._thread = thread
+
+    def find_local(self, rows: Iterable[Row], result: PullResult) -> dict[str, Fetch]:
+        """For every file whose content changes: take it from this mirror where it is there already."""
+        fetches: dict[str, Fetch] = {}
+        for path, local, remote in rows:
+            if remote is None or remote.entry.kind is not Kind.FILE:
+                continue
+            if local is not None and local.entry.same_content(remote.entry):
+                continue
+            fetch = fetches[path] = Fetch(remote)
+            if local is None:
+                fetch.in_place = self._adopt(path, remote.entry)
+            if fetch.in_place is None:
+                fetch.staged = self._copy_from_mirror(remote.entry)
+            if fetch.in_place or fetch.staged:
+                result.reused_bytes += remote.entry.size
+        return fetches
+
+    def _adopt(self, path: str, want: Entry) -> LocalRow | None:
+        """Recognise by digest a file that is there already (lost state, or copied there by hand)."""
+        disk = self._mirror.look(path)
+        if disk is None or disk.kind is not Kind.FILE or disk.stat.size != want.size:
+            return None
+        try:
+            digest, sha256, stat = self._mirror.read_digests(path)
+        except SyncdError:
+            return None
+        have = Entry(Kind.FILE, disk.mode, stat.mtime_ns, stat.size, digest, sha256)
+        return LocalRow(path, have, stat) if have.same_content(want) else None
+
+    def _copy_from_mirror(self, want: Entry) -> str:
+        """Stage a copy of another file of the mirror with the same content; "" where there is none."""
+        row = self._index.find_local_content(want.digest, want.sha256, want.size)
+        if row is None or want.size == 0:
+            return ""
+        try:
+            return self._mirror.stage_copy(row.path, want)
+        except DiskProblem:
+            raise
+        except SyncdError:
+            return ""  # it changed since the index saw it: download instead
+
+    async def download(self, fetches: list[Fetch], result: PullResult, meter: Meter) -> None:
+        """Stage the content of all ``fetches``; a failure of one object is noted in it.
+
+        :raises SyncdError: the store or the disk failed: the batch is given up, the mirror is as it was.
+        """
+        for group in _groups(fetch for fetch in fetches if fetch.small):
+            await self._download_small(group, result, meter)
+        gate = asyncio.Semaphore(PARALLEL_DOWNLOADS)
+
+        async def one(fetch: Fetch) -> None:
+            async with gate:
+                await self._download_large(fetch, result, meter)
+
+        tasks = [asyncio.create_task(one(fetch)) for fetch in fetches if not fetch.small]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _download_small(self, group: list[Fetch], result: PullResult, meter: Meter) -> None:
+        by_bucket: dict[str, list[Fetch]] = {}
+        for fetch in group:
+            by_bucket.setdefault(fetch.row.bucket, []).append(fetch)
+        for name, fetches in by_bucket.items():
+            got = await self._fetch_small(self._store.bucket(name), fetches)
+            await self._stage_small(got, result, meter)
+        for fetch in group:
+            if isinstance(fetch.error, ObjectGone):
+                await self._download_large(fetch, result, meter)  # it was replaced meanwhile: read its metadata again
+
+    async def _fetch_small(self, bucket: Bucket, fetches: list[Fetch]) -> list[tuple[Fetch, bytes]]:
+        """Return the content of each, asked for once where several paths announce the same object."""
+        got: list[tuple[Fetch, bytes]] = []
+        waiting: dict[tuple[str, str, int], list[Fetch]] = {}
+        for fetch in fetches:
+            waiting.setdefault((fetch.row.name, fetch.row.nuid, fetch.row.seq), []).append(fetch)
+        async for info, data in bucket.download_many([object_info(same[0].row) for same in waiting.values()]):
+            for fetch in waiting[info.name, info.nuid, info.seq]:
+                if isinstance(data, bytes):
+                    got.append((fetch, data))
+                elif isinstance(data, ObjectGone | ObjectCorrupt):
+                    fetch.error = data
+                else:
+                    raise data
+        return got
+
+    async def _stage_small(self, got: list[tuple[Fetch, bytes]], result: PullResult, meter: Meter) -> None:
+        items = [(fetch.row.entry, data) for fetch, data in got]
+        outcomes = await self._thread.run(lambda: self._mirror.stage_bytes(items))
+        for (fetch, data), outcome in zip(got, outcomes, strict=True):
+            if isinstance(outcome, str):
+                fetch.staged = outcome
+                result.downloaded_bytes += len(data)
+                meter.done(len(data))
+            elif isinstance(outcome, DiskProblem):
+                raise outcome
+            else:
+                fetch.error = ObjectCorrupt(f"{fetch.row.path}: {outcome}")
+
+    async def _download_large(self, fetch: Fetch, result: PullResult, meter: Meter) -> None:
+        bucket = self._store.bucket(fetch.row.bucket)
+        waits = backoff(0.05, 1.0)
+        for _ in range(FETCH_TRIES):
+            try:
+                await self._download_once(bucket, fetch, meter)
+            except ObjectGone as error:
+                fetch.error = error
+                if not await self._refresh(bucket, fetch):
+                    # Deleted, or a replica that is behind: the next catch-up tells the one, time mends the other.
+                    await asyncio.sleep(next(waits))
+            except ObjectCorrupt as error:
+                fetch.error = error
+                return
+            else:
+                fetch.error = None
+                result.downloaded_bytes += fetch.row.entry.size
+                meter.done(0)
+                return
+
+    async def _download_once(self, bucket: Bucket, fetch: Fetch, meter: Meter) -> None:
+        entry = fetch.row.entry
+        staged = await self._thread.run(lambda: self._mirror.stage(entry))
+        try:
+            digest, _ = await bucket.download(object_info(fetch.row), staged, progress=meter.add)
+            if entry.digest and digest != entry.digest:
+                raise ObjectCorrupt(f"{fetch.row.path}: content does not match the BLAKE3 digest in its metadata")
+            fetch.staged = await asyncio.to_thread(staged.finish)
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(staged.discard))
+            raise
+
+    async def _refresh(self, bucket: Bucket, fetch: Fetch) -> bool:
+        """Read the metadata again after chunks vanished; tell whether it names other content now."""
+        info = await bucket.get_info(fetch.row.name)
+        if info is None or info.deleted or info.link is not None or info.nuid == fetch.row.nuid:
+            return False
+        try:
+            row = remote_row(info, path=fetch.row.path, via=fetch.row.via)
+        except SyncdError:
+            return False  # the next catch-up reports it
+        fetch.row = row
+        await self._thread.run(lambda: self._index.put_remote([row]))
+        return True
+
+
+def _groups(fetches: Iterable[Fetch]) -> Iterator[list[Fetch]]:
+    """Group small files to bounded requests."""
+    group: list[Fetch] = []
+    size = 0
+    for fetch in fetches:
+        if group and (len(group) >= FETCH_ITEMS or size + fetch.row.entry.size > FETCH_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(fetch)
+        size += fetch.row.entry.size
+    if group:
+        yield group

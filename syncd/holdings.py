@@ -1,0 +1,204 @@
+"""What the bucket holds, as its publisher knows it: catch-up, audit, and content nobody announces any more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import structlog
+
+from syncd.crashpoints import crash_point
+from syncd.errors import BucketNotFound, BucketSealed, FolderTaken, SyncdError
+from syncd.paths import is_usable, printable
+from syncd.store.base import NUID_PREFIX, BadMeta, BucketSpec
+from syncd.store.mapping import PUBLISHER, remote_row, stored_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from syncd.index import Index, RemoteRow
+    from syncd.rules import Rules
+    from syncd.service import FolderThread
+    from syncd.store.base import Bucket, ObjectInfo, Store
+
+log = structlog.get_logger()
+
+AUDIT_SECONDS = 3600.0
+MAX_AUDITED_NUIDS = 500_000
+
+
+@dataclass(frozen=True, slots=True)
+class PublishOptions:
+    """One ``[[publish]]`` as plain values.
+
+    :ivar publisher: who we are in object metadata, stable across restarts: ``host:/path``.
+    :ivar settle_seconds: how long a changed path must be quiet before it is read.
+    :ivar grace_seconds: how long replaced content stays readable.
+    :ivar metadata: the folder's own key/values, on every object.
+    """
+
+    folder: str
+    path: Path
+    rules: Rules
+    publisher: str
+    bucket: BucketSpec = field(default_factory=BucketSpec)
+    symlinks: Literal["inside", "all", "skip"] = "inside"
+    settle_seconds: float = 0.05
+    rescan_seconds: float = 60.0
+    max_delete_percent: float = 50.0
+    grace_seconds: float = 600.0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class Holdings:
+    """The ``remote`` half of a publisher's index, and the bucket it describes.
+
+    :ivar last_seq: the highest sequence that we read or wrote: a hint beyond it is somebody else's write.
+    """
+
+    def __init__(
+        self,
+        options: PublishOptions,
+        store: Store,
+        bucket: Bucket,
+        index: Index,
+        thread: FolderThread,
+        clock: Callable[[], float],
+    ) -> None:
+        self._options = options
+        self._store = store
+        self._bucket = bucket
+        self._index = index
+        self._thread = thread
+        self._clock = clock
+        self._log = log.bind(folder=options.folder, role="publish")
+        self._next_audit = 0.0
+        self._began = False
+        self.last_seq = 0
+
+    def wrote(self, *seqs: int) -> None:
+        """Take note of sequences that are accounted for."""
+        self.last_seq = max(self.last_seq, *seqs)
+
+    async def catch_up(self) -> None:
+        """Read into the index what the bucket announces, creating the bucket where it does not exist.
+
+        :raises FolderTaken: another publisher wrote to it since we began.
+        """
+        try:
+            state = await self._bucket.state()
+        except BucketNotFound:
+            state = await self._store.create_bucket(self._options.folder, self._options.bucket)
+            self._log.info("bucket_created", bucket=self._options.folder)
+        if state.sealed:
+            raise BucketSealed(
+                f"bucket {self._options.folder!r} is sealed",
+                hint="publish to another folder name, or delete the bucket",
+            )
+        position = await self._thread.run(lambda: self._position(state.created, state.last_seq))
+        async for page in self._bucket.changes(position):
+            other = await self._thread.run(partial(self._remember_page, page.items, page.last_seq))
+            self.wrote(page.last_seq)
+            if other and self._began:
+                raise FolderTaken(
+                    f"another publisher ({printable(other)}) writes to folder {self._options.folder!r}",
+                    hint="stop one of the two, then restart this one",
+                )
+            if other:
+                self._log.warning("publisher_changed", before=other)
+        self._began = True
+        if self._clock() >= self._next_audit:
+            await self._audit()
+
+    def _position(self, created: str, last_seq: int) -> int:
+        """Return the sequence to catch up from; 0, and an empty memory, where the bucket is another one."""
+        position = int(self._index.note("position", "0"))
+        if self._index.note("bucket") == created and position <= last_seq:
+            return position
+        if self._index.note("bucket"):
+            self._log.warning("bucket_replaced", bucket=self._options.folder)
+        with self._index.transaction():
+            self._index.clear_remote()
+            self._index.set_note("bucket", created)
+            self._index.set_note("position", "0")
+        self.last_seq = 0
+        self._next_audit = 0.0
+        return 0
+
+    def _remember_page(self, items: Iterable[ObjectInfo | BadMeta], last_seq: int) -> str:
+        """Store one page of metas; return another publisher's identity if one wrote any of them."""
+        rows: list[RemoteRow] = []
+        gone: list[str] = []
+        other = ""
+        for item in items:
+            if isinstance(item, BadMeta) or not is_usable(item.name):
+                continue  # no path of a source can be called so: not ours, and not in our way
+            who = item.metadata.get(PUBLISHER, "")
+            if who and who != self._options.publisher:
+                other = who
+            if item.deleted or item.link is not None:
+                gone.append(item.name)
+                continue
+            try:
+                rows.append(remote_row(item))
+            except SyncdError:
+                gone.append(item.name)  # an object that we would not have written: ours goes over it
+        with self._index.transaction():
+            self._index.drop_remote(gone)
+            self._index.put_remote(rows)
+            self._index.set_note("position", str(last_seq))
+        return other
+
+    async def _audit(self) -> None:
+        """Find chunks that nothing announces (freed after the grace time), and announcements whose chunks are gone."""
+        counts: dict[str, int] = {}
+        async for page in self._bucket.list_chunks():
+            counts.update(page)
+            if len(counts) > MAX_AUDITED_NUIDS:
+                self._log.warning("audit_skipped", reason="too many objects", limit=MAX_AUDITED_NUIDS)
+                break
+        else:
+            orphans, damaged = await self._thread.run(lambda: self._compare_chunks(counts))
+            if orphans or damaged:
+                self._log.info("bucket_audited", orphans=orphans, damaged=damaged)
+        self._next_audit = self._clock() + AUDIT_SECONDS
+
+    def _compare_chunks(self, counts: dict[str, int]) -> tuple[int, int]:
+        ours = [nuid for nuid in counts if nuid.startswith(NUID_PREFIX)]
+        known = self._index.nuids(ours) | self._index.garbage_nuids(ours)
+        orphans = [nuid for nuid in ours if nuid not in known]
+        damaged = [
+            row.path
+            for row in self._index.iter_remote()
+            if row.publisher and row.chunks and counts.get(row.nuid, 0) != row.chunks
+        ]
+        with self._index.transaction():
+            for nuid in orphans:
+                self._index.add_garbage(nuid, self._clock(), None)
+            # Forgetting the rows makes the next diff put the content again, under a nuid of its own.
+            self._index.drop_remote(damaged)
+        return len(orphans), len(damaged)
+
+    async def free_garbage(self) -> None:
+        """Free chunks whose grace time is over."""
+        before = self._clock() - self._options.grace_seconds
+        due = await self._thread.run(lambda: self._index.due_garbage(before))
+        if not due:
+            return
+        used = await self._thread.run(lambda: self._index.nuids(due))
+        for nuid in due:
+            if nuid not in used:
+                await self._bucket.remove_chunks(nuid)
+        crash_point("garbage_freed")
+        await self._thread.run(lambda: self._index.drop_garbage(due))
+        self._log.info("chunks_freed", nuids=len(due) - len(used))
+
+    def discard(self, replaced: Iterable[RemoteRow]) -> None:
+        """Let the content of replaced or deleted objects go after the grace time, if no other name has it."""
+        rows = [row for row in replaced if row.chunks and row.nuid.startswith(NUID_PREFIX)]
+        used = self._index.nuids([row.nuid for row in rows])
+        for row in rows:
+            if row.nuid not in used:
+                self._index.add_garbage(row.nuid, self._clock(), stored_of(row))
