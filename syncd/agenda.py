@@ -83,7 +83,7 @@ class Agenda:
         self._full_at = self._now() + wait
 
     def again(self, paths: Iterable[str]) -> None:
-        """Paths were not quiet: each is due again, every time a little later (a constant writer starves only itself)."""
+        """Paths were not quiet: each is due again, every time a little later. A constant writer starves only itself."""
         now = self._now()
         for path in paths:
             tries = self._tries[path] = self._tries.get(path, 0) + 1

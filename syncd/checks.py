@@ -96,7 +96,9 @@ class _Checks:
         for number, item in enumerate(self.settings.publish):
             first = seen.setdefault(item.folder, number)
             if first != number:
-                self.say(("publish", number, "folder"), f'folder "{item.folder}" is already published by publish.{first}')
+                self.say(
+                    ("publish", number, "folder"), f'folder "{item.folder}" is already published by publish.{first}'
+                )
 
     def roots(self) -> None:
         """Refuse mirrors that overlap with one another or a source: A -> B -> A is a loop."""

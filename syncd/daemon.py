@@ -102,7 +102,7 @@ async def _reload(daemon: _Daemon, config: Path | None, environ: Mapping[str, st
         settings = await asyncio.to_thread(load, config, environ)
         _check(settings)
     except ConfigError as error:
-        log.exception("config_refused", error=error.message, problems=list(error.problems))
+        log.error("config_refused", error=error.message, problems=list(error.problems))
         return
     logs.configure(settings.daemon.log_level, settings.daemon.log_format)
     await daemon.take(settings)

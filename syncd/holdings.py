@@ -152,7 +152,7 @@ class Holdings:
         return other
 
     async def _audit(self) -> None:
-        """Find chunks that nothing announces (freed after the grace time), and announcements whose chunks are gone."""
+        """Find chunks that nothing announces (freed later), and announcements whose chunks are gone (put again)."""
         counts: dict[str, int] = {}
         async for page in self._bucket.list_chunks():
             counts.update(page)

@@ -514,7 +514,7 @@ class Index:
 
     def count_local(self, *, dirs: bool = True) -> int:
         """Return the number of rows, or of those that are no directories."""
-        return self._count("SELECT count(*) FROM local" + ("" if dirs else " WHERE kind <> 1"))
+        return self._count("SELECT count(*) FROM local WHERE ? OR kind <> 1", (dirs,))
 
     def local_bytes(self) -> int:
         """Return the sum of the files' sizes, in bytes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ async def open_store(settings: Settings) -> AsyncIterator[tuple[Store, Connectio
         await connection.close()
 
 
+def absolute(path: Path) -> Path:
+    """Return a path from the working directory as the settings write paths."""
+    return Path(os.path.abspath(path))
+
+
 def _keeper(role: str, folder: str, path: Path) -> StatusKeeper:
     first = FolderStatus("publish" if role == "publish" else "subscribe", folder, str(path))
     return StatusKeeper(first, clock=time.time, report=lambda _: None)
@@ -88,7 +94,7 @@ async def pull(
     progress: Callable[[Progress], None] | None,
 ) -> PullResult:
     """Bring a directory up to a bucket once; a configured mirror of it keeps its options."""
-    directory = directory.absolute()
+    directory = absolute(directory)
     item = next((item for item in settings.subscribe if item.folder == folder and item.path == directory), None)
     options = subscribe_options(item) if item else SubscribeOptions(folder, directory, Rules())
     state = StateDir(settings.daemon.state_dir)
@@ -175,7 +181,7 @@ async def verify(settings: Settings, directory: Path, folder: str | None) -> Ver
 
     :raises UsageError: the directory is no configured mirror and no folder is named.
     """
-    directory = directory.absolute()
+    directory = absolute(directory)
     item = next((item for item in settings.subscribe if item.path == directory), None)
     if folder is None and item is None:
         raise UsageError(f"{directory} is no [[subscribe]] path of the configuration", hint="name it: --folder FOLDER")

@@ -94,20 +94,26 @@ def subject_token(name: str) -> str:
     return base64.urlsafe_b64encode(name.encode()).decode()
 
 
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn"}
+"""Unicode categories that a terminal acts on or does not show."""
+_BYTE_SURROGATES = range(0xDC80, 0xDD00)
+"""What Python makes of undecodable bytes (PEP 383)."""
+
+
 def printable(name: str | bytes) -> str:
     r"""Return a name that is safe in a terminal, a log line and a metric label.
 
     Control characters, line separators, bidirectional marks, surrogates and undecodable bytes become
-    ``\\xNN``/``\\uNNNN`` escapes; everything else stays as it is.
+    ``\xNN``/``\uNNNN`` escapes; everything else stays as it is.
     """
     text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
-    out = []
-    for char in text:
-        code = ord(char)
-        if 0xDC80 <= code <= 0xDCFF:
-            out.append(f"\\x{code - 0xDC00:02x}")
-        elif unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn"}:
-            out.append(f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
-        else:
-            out.append(char)
-    return "".join(out)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(char) if unicodedata.category(char) in _HIDDEN else char for char in text)
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    if code in _BYTE_SURROGATES:
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"  # noqa: PLR2004

@@ -59,14 +59,15 @@ def publish_halt(deletes: int, published: int, max_delete_percent: float) -> str
     return ""
 
 
-def mirror_halt(removes: int, mirrored: int, allowed: int) -> str:
+def mirror_halt(removes: int, mirrored: int, adds: int, allowed: int) -> str:
     """Return why a subscriber's plan must be held, "" if it need not.
 
-    :param removes: paths the plan would remove from the mirror.
-    :param mirrored: paths that syncd keeps in the mirror now.
+    :param removes: files and symlinks that the plan would remove from the mirror.
+    :param mirrored: files and symlinks that syncd keeps in the mirror now.
+    :param adds: files and symlinks that the plan would put where none is kept now.
     :param allowed: removals among them that a person allowed at the publisher.
     """
-    if removes and removes >= mirrored and allowed < removes:
+    if removes and removes >= mirrored and adds == 0 and allowed < removes:
         return f"would remove all {mirrored} mirrored paths"
     return ""
 

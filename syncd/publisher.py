@@ -24,7 +24,6 @@ from syncd.concurrency import run_together
 from syncd.crashpoints import crash_point
 from syncd.errors import (
     BucketSealed,
-    DiskProblem,
     FileChanged,
     SafetyHalt,
     StoreTimeout,
@@ -38,7 +37,7 @@ from syncd.paths import printable
 from syncd.plan import PublishAction, publish_action, publish_halt
 from syncd.progress import Meter, Progress
 from syncd.retry import backoff, is_transient
-from syncd.scan import Scanner
+from syncd.scan import Scanner, Unreadable
 from syncd.service import FolderThread, keep_rounds
 from syncd.source import LOOK_LIMIT, ScanStopped, Source
 from syncd.status import Allowance, FolderState, StatusKeeper
@@ -379,7 +378,7 @@ class Publisher:
         except FileChanged:
             result.again.add(row.path)
             return None
-        except DiskProblem as error:
+        except Unreadable as error:
             self._source.note_problem(Problem(row.path, "unreadable", error.message), row.path)
             return None
         self._index.put_local([hashed])
@@ -408,7 +407,7 @@ class Publisher:
             meter.done(len(item.data) if item.data is not None else 0)
 
     async def _put_large(self, items: list[_Item], result: PushResult, meter: Meter) -> None:
-        """Upload some large files side by side; the first failure that ends the round is raised after all are through."""
+        """Upload some large files side by side; a failure that ends the round is raised when all are through."""
         tasks = [asyncio.create_task(self._put_one(item, result, meter)) for item in items]
         try:
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -444,7 +443,7 @@ class Publisher:
         """
         try:
             file = await asyncio.to_thread(self._source.scanner.open_file, row.path)
-        except DiskProblem as error:
+        except Unreadable as error:
             raise FileChanged(error.message) from error  # it vanished, or may be read no more: look again
         try:
             stored = await self._bucket.upload(file, progress=meter.add)

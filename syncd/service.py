@@ -66,7 +66,7 @@ async def keep_rounds(
             result = await round_(paths, halted and allowance.given())
         except SafetyHalt as halt:
             if status.now.error != halt.message:
-                log.exception("safety_halt", reason=halt.message)
+                log.error("safety_halt", reason=halt.message)
             status.set(state=FolderState.HALTED, error=halt.message, hint=halt.hint)
             agenda.halted()
         except FolderTaken:

@@ -87,6 +87,7 @@ class _Count:
 
     changes: int = 0
     size: int = 0
+    adds: int = 0
     removes: int = 0
     allowed: int = 0
     mirrored: int = 0
@@ -263,7 +264,7 @@ class Subscriber:
     ) -> None:
         """Apply all differences in batches; each batch is staged whole before anything changes."""
         count = await self._thread.run(lambda: self._count(touched))
-        reason = "" if allow_delete else mirror_halt(count.removes, count.mirrored, count.allowed)
+        reason = "" if allow_delete else mirror_halt(count.removes, count.mirrored, count.adds, count.allowed)
         if reason:
             raise SafetyHalt(
                 f"mirror of {self._options.folder!r}: {reason}",
@@ -292,6 +293,7 @@ class Subscriber:
                 continue
             if remote is not None:
                 count.changes += 1
+                count.adds += local is None and remote.entry.kind is not Kind.DIR
                 if local is None or not local.entry.same_content(remote.entry):
                     count.size += remote.entry.size
             elif local is not None and local.entry.kind is not Kind.DIR:

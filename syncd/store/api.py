@@ -194,6 +194,7 @@ def new_stream(name: str, spec: BucketSpec) -> dict[str, Any]:
 
 
 def republish_of(name: str) -> dict[str, str]:
+    """Return the republish setting that turns every metadata message into a notification."""
     return {"src": wire.meta_filter(name), "dest": f"syncd.{name}.meta.>"}
 
 

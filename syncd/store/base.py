@@ -323,8 +323,10 @@ class Bucket(Protocol):
     def download_many(self, infos: Sequence[ObjectInfo]) -> AsyncIterator[tuple[ObjectInfo, bytes | Exception]]:
         """Fetch many objects of at most one chunk each; yields in any order, each exactly once.
 
-        Data is verified as in :meth:`download`; a failure is yielded in place of the data.
+        Data is verified as in :meth:`download`; ObjectGone and ObjectCorrupt are yielded in place of the data.
         At most 1000 items per call; the caller groups them to a bounded sum of sizes.
+
+        :raises SyncdError: the store itself fails; what was not yielded by then is undecided.
         """
         ...
 

@@ -11,11 +11,10 @@ Rules kept here:
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import nats.nuid
 import structlog
@@ -34,6 +33,18 @@ from syncd.errors import (
     WriteConflict,
 )
 from syncd.store import wire
+from syncd.store.api import (
+    ATOMIC_DISABLED,
+    NAME_IN_USE,
+    TTL_DISABLED,
+    Api,
+    ApiError,
+    Busy,
+    header_int,
+    missing_flags,
+    new_stream,
+    read_state,
+)
 from syncd.store.base import (
     CHUNK_SIZE,
     NUID_PREFIX,
@@ -49,22 +60,14 @@ from syncd.store.base import (
     Sink,
     SmallPut,
     Source,
+    Store,
     Stored,
 )
 from syncd.store.connection import Connection, NoResponders
+from syncd.store.content import Hashes, Meter, check_readable, check_small, describe, in_thread
 from syncd.store.hints import open_hints
-from syncd.store.transport import (
-    ATOMIC_DISABLED,
-    CHUNK_SILENCE_SECONDS,
-    META_SILENCE_SECONDS,
-    TTL_DISABLED,
-    ApiError,
-    Busy,
-    End,
-    Outgoing,
-    Transport,
-    header_int,
-)
+from syncd.store.transport import CHUNK_SILENCE_SECONDS, META_SILENCE_SECONDS, End, Outgoing, Transport
+from syncd.store.upload import Upload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -74,9 +77,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
-
-UPLOAD_BLOCK: Final = 16 * CHUNK_SIZE
 META_PAGE_BYTES: Final = 1024 * 1024
 META_PAGE_MESSAGES: Final = 1000
 MANY_BYTES: Final = 4 * 1024 * 1024
@@ -87,6 +87,11 @@ STALE_SECONDS: Final = 2.0
 """How long a replica may be behind what another one announced."""
 STALE_STEP: Final = 0.2
 CLEANUP_SECONDS: Final = 2.0
+
+_OPEN_BATCHES: Final = 4
+_GROUPS_UNDER_WAY: Final = 2
+_MISSING_TRIES: Final = 3
+_MAY_BE_STORED: Final = (WriteConflict, StoreTimeout, Unavailable)
 
 ROLLUP: Final = {"Nats-Rollup": "sub"}
 EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
@@ -365,12 +370,31 @@ class NatsBucket:
 
         :raises StoreTimeout: also where a change of the stream's leader stored chunks out of order.
         """
-        upload = _Upload(self, self._fresh_nuid(), source, progress)
+        nuid = self._fresh_nuid()
+        subject = wire.chunk_subject(self._name, nuid)
+        upload = Upload(self._transport, nuid, subject=subject, lane=self._stream, source=source, progress=progress)
         try:
-            return await upload.run()
-        except BaseException:
+            stored = await upload.run()
+            if upload.doubled:
+                await self._check_count(subject, stored.chunks)
+        except BaseException as error:
             await upload.abandon()
+            if upload.chunks:
+                await self._clean_up([nuid])
+            if isinstance(error, NoResponders):
+                raise await self._explain(error) from error
             raise
+        return stored
+
+    async def _check_count(self, subject: str, chunks: int) -> None:
+        """Make sure that no chunk sent twice is stored twice: the stream's duplicate window may be short.
+
+        :raises StoreTimeout: one is; the upload must be begun anew.
+        """
+        request = {"batch": 1, "seq": 1, "next_by_subj": subject}
+        messages, _ = await self._collect(request, CHUNK_SILENCE_SECONDS)
+        if messages and header_int(messages[0].headers or {}, "Nats-Num-Pending") + 1 > chunks:
+            raise StoreTimeout("a chunk was stored twice while the connection was renewed")
 
     async def put_many(self, items: Sequence[SmallPut]) -> list[PutResult]:
         """See :class:`syncd.store.base.Bucket`."""
@@ -608,8 +632,8 @@ class NatsBucket:
     ) -> tuple[str, str]:
         """See :class:`syncd.store.base.Bucket`."""
         check_readable(info)
-        hashes = _Hashes()
-        meter = _Meter(info)
+        hashes = Hashes()
+        meter = Meter(info)
         page: asyncio.Task[tuple[list[Msg], End]] | None = None
         if info.chunks:
             page = asyncio.create_task(self._chunk_page(info, meter))
@@ -632,7 +656,7 @@ class NatsBucket:
             raise ObjectCorrupt("its content does not match its SHA-256 digest")
         return hashes.blake3.hexdigest(), hashes.sha256.hexdigest()
 
-    async def _chunk_page(self, info: ObjectInfo, meter: _Meter) -> tuple[list[Msg], End]:
+    async def _chunk_page(self, info: ObjectInfo, meter: Meter) -> tuple[list[Msg], End]:
         """Fetch the next chunks; a replica that has none yet is asked again for a short time."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + STALE_SECONDS
@@ -673,17 +697,13 @@ class NatsBucket:
 
     async def _fetch_group(self, infos: Sequence[ObjectInfo]) -> list[tuple[ObjectInfo, bytes | Exception]]:
         done: list[tuple[ObjectInfo, bytes | Exception]] = []
-        wanted: dict[str, list[ObjectInfo]] = {}
         found: list[tuple[ObjectInfo, bytes]] = []
+        wanted: dict[str, list[ObjectInfo]] = {}
         for info in infos:
-            try:
-                check_readable(info)
-                if info.chunks > 1:
-                    raise ObjectCorrupt("more than one chunk")
-            except ObjectCorrupt as error:
-                done.append((info, error))
-                continue
-            if info.chunks:
+            refusal = _refusal_of_small(info)
+            if refusal is not None:
+                done.append((info, refusal))
+            elif info.chunks:
                 wanted.setdefault(wire.chunk_subject(self._name, info.nuid), []).append(info)
             else:
                 found.append((info, b""))
@@ -696,19 +716,11 @@ class NatsBucket:
                 for info in wanted.pop((message.headers or {}).get("Nats-Subject", ""), []):
                     if len(message.data) == info.size:
                         found.append((info, message.data))
-                    elif message.data:
-                        done.append((info, ObjectCorrupt("its chunk has not the size its metadata says")))
-                    else:  # a remover's rollup, about to expire
-                        done.append((info, ObjectGone("its chunk was removed")))
+                    else:  # not kept: it may be as large as a message can be
+                        done.append((info, _wrong_size(len(message.data))))
         done.extend((info, ObjectGone("its chunk is gone")) for group in wanted.values() for info in group)
         done.extend(await in_thread(lambda: [_verified(info, data) for info, data in found]))
         return done
-
-
-_OPEN_BATCHES: Final = 4
-_GROUPS_UNDER_WAY: Final = 2
-_MISSING_TRIES: Final = 3
-_MAY_BE_STORED: Final = (WriteConflict, StoreTimeout, Unavailable)
 
 
 def newest_of(metas: Iterable[ObjectInfo | BadMeta]) -> tuple[ObjectInfo | BadMeta, ...]:
@@ -721,9 +733,29 @@ def newest_of(metas: Iterable[ObjectInfo | BadMeta]) -> tuple[ObjectInfo | BadMe
     return tuple(kept.values())
 
 
+def _describe(nuid: str, item: SmallPut) -> Stored | None:
+    return item.stored if item.data is None else describe(nuid, item.data)
+
+
+def _refusal_of_small(info: ObjectInfo) -> ObjectCorrupt | None:
+    try:
+        check_readable(info)
+    except ObjectCorrupt as error:
+        return error
+    return ObjectCorrupt("it has more than one chunk") if info.chunks > 1 else None
+
+
+def _wrong_size(size: int) -> SyncdError:
+    if not size:  # a remover's rollup, about to expire
+        return ObjectGone("its chunk was removed")
+    return ObjectCorrupt("its chunk has not the size that its metadata says")
+
+
 def _verified(info: ObjectInfo, data: bytes) -> tuple[ObjectInfo, bytes | Exception]:
-    if hashlib.sha256(data).hexdigest() != info.sha256:
-        return info, ObjectCorrupt("its content does not match its SHA-256 digest")
+    try:
+        check_small(info, data)
+    except ObjectCorrupt as error:
+        return info, error
     return info, data
 
 
@@ -747,3 +779,9 @@ def _take_infos(left: deque[ObjectInfo], limit: int) -> list[ObjectInfo]:
         group.append(left.popleft())
         size += group[-1].size + 512
     return group
+
+
+if TYPE_CHECKING:
+
+    def _keeps_the_contract(store: NatsStore) -> Store:
+        return store

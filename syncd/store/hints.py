@@ -21,7 +21,7 @@ import structlog
 
 from syncd.errors import BucketNotFound, NotPermitted, SyncdError
 from syncd.store import wire
-from syncd.store.transport import header_int, read_json
+from syncd.store.api import header_int, read_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

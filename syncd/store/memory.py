@@ -35,7 +35,6 @@ from syncd.store.base import (
     EMPTY,
     NUID_PREFIX,
     BadMeta,
-    Bucket,
     BucketSpec,
     BucketState,
     Hints,
@@ -47,8 +46,14 @@ from syncd.store.base import (
     Sink,
     SmallPut,
     Source,
+    Store,
     Stored,
 )
+from syncd.store.content import check_readable, check_small, describe
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -378,7 +383,7 @@ class MemoryBucket:
         if item.data is not None:
             if len(item.data) > CHUNK_SIZE:
                 raise StoreRejected(f"{len(item.data)} bytes are more than one chunk")
-            stored = stored_of(self._store.fresh_nuid(), item.data)
+            stored = describe(self._store.fresh_nuid(), item.data)
         if stored is None:
             raise StoreRejected("an object needs content")
         stored = stored if stored.nuid else replace(stored, nuid=self._store.fresh_nuid())
@@ -454,8 +459,7 @@ class MemoryBucket:
         if len(messages) < info.chunks:
             raise ObjectGone("its chunk is gone")
         data = b"".join(message.payload for message in messages) if info.chunks else b""
-        if len(data) != info.size or hashlib.sha256(data).hexdigest() != info.sha256:
-            raise ObjectCorrupt("content does not match its metadata")
+        check_small(info, data)
         return data
 
     async def list_chunks(self) -> AsyncIterator[dict[str, int]]:
@@ -506,27 +510,7 @@ def _read_chunk(source: Source) -> bytes:
     return b"".join(parts)
 
 
-def stored_of(nuid: str, data: bytes) -> Stored:
-    """Describe content of at most one chunk."""
-    if not data:
-        return replace(EMPTY, nuid=nuid)
-    return Stored(nuid, 1, len(data), blake3(data).hexdigest(), hashlib.sha256(data).hexdigest())
+if TYPE_CHECKING:
 
-
-def check_readable(info: ObjectInfo) -> None:
-    """Refuse what has no content to read.
-
-    :raises ObjectCorrupt: a tombstone, a link, or metadata without a usable digest.
-    """
-    if info.deleted or info.link is not None:
-        raise ObjectCorrupt("a tombstone or a link has no content")
-    if not info.sha256:
-        raise ObjectCorrupt("its metadata has no usable SHA-256 digest")
-
-
-def _conforms(store: MemoryStore, bucket: MemoryBucket) -> tuple[object, Bucket]:
-    """Let the type checker prove that the twins keep the contract."""
-    from syncd.store.base import Store  # noqa: PLC0415
-
-    checked: Store = store
-    return checked, bucket
+    def _keeps_the_contract(store: MemoryStore) -> Store:
+        return store

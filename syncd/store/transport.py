@@ -22,15 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import nats.errors
 
-from syncd.errors import (
-    BadName,
-    BucketNotFound,
-    StoreRejected,
-    StoreTimeout,
-    SyncdError,
-    Unavailable,
-)
+from syncd.errors import BadName, BucketNotFound, StoreRejected, StoreTimeout, SyncdError, Unavailable
 from syncd.retry import backoff
+from syncd.store.api import REQUEST_SECONDS, Busy, header_int, read_json
 from syncd.store.connection import MAX_CONTROL_LINE, Connection, NoResponders, as_syncd_error, send
 
 if TYPE_CHECKING:
@@ -63,8 +57,6 @@ CHUNK_SILENCE_SECONDS: Final = 20.0
 """A chunk of 128 KiB takes 13 s at 10 kB/s, and nats-py tells of whole messages only."""
 PAGE_TRIES: Final = 6
 NO_RESPONDERS_TRIES: Final = 3
-REQUEST_SECONDS: Final = 10.0
-REQUEST_TRIES: Final = 4
 
 _CONTROL_LINE_REST: Final = 64  # verb, blanks and lengths beside subject and reply
 _HEADER_REST: Final = 256

@@ -404,6 +404,23 @@ async def test_mutual_tls(serve: Serve, connect: Connect, tmp_path: Path) -> Non
 
 
 @pytest.mark.fault("N6")
+async def test_a_certificate_of_ours_is_refused_without_a_word(connect: Connect) -> None:
+    """The server's TLS alert may get lost; that it checks certificates and hangs up says enough."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"version":"2.12.0","max_payload":1048576,"tls_verify":true}\r\n')
+        await reader.readuntil(b"PING\r\n")
+        writer.close()
+
+    fake = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    error = await raised(connect(f"nats://127.0.0.1:{fake.sockets[0].getsockname()[1]}").start(SOON))
+    fake.close()
+    await fake.wait_closed()
+    assert type(error) is NotPermitted
+    assert "refused our TLS certificate" in str(error)
+
+
+@pytest.mark.fault("N6")
 @pytest.mark.parametrize(
     ("case", "words"),
     [("wrong ca", "signed by an unknown CA"), ("expired", "has expired"), ("name", "hostname mismatch")],
@@ -810,6 +827,28 @@ async def test_closing_sends_what_was_published(serve: Serve, connect: Connect) 
     await one.close()
     for _ in range(20):
         assert len((await subscription.next_msg(5)).data) == 500_000
+
+
+async def test_closing_waits_for_a_callback_that_tidies_up(serve: Serve, connect: Connect) -> None:
+    """A subscription's callback is cancelled, and has ended when close returns."""
+    conn = connect(serve())
+    await conn.start(SOON)
+    client = await conn.client()
+    entered, tidied = asyncio.Event(), asyncio.Event()
+
+    async def slow(_message: Msg) -> None:
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.2)
+            tidied.set()
+
+    await client.subscribe("slow", cb=slow)
+    await client.publish("slow", b"")
+    await asyncio.wait_for(entered.wait(), SOON)
+    await conn.close()
+    assert tidied.is_set()
 
 
 # --- permissions ---

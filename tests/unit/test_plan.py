@@ -86,14 +86,21 @@ def test_a_publisher_is_held_above_its_limit_and_always_at_everything(
 
 @pytest.mark.fault("D1")
 @pytest.mark.parametrize(
-    ("removes", "mirrored", "allowed", "held"),
-    [(0, 0, 0, False), (1, 10, 0, False), (10, 10, 0, True), (10, 10, 9, True), (10, 10, 10, False)],
+    ("removes", "mirrored", "adds", "allowed", "held"),
+    [
+        (0, 0, 0, 0, False),
+        (1, 10, 0, 0, False),
+        (10, 10, 0, 0, True),
+        (10, 10, 1, 0, False),  # what replaces them is in the same plan
+        (10, 10, 0, 9, True),
+        (10, 10, 0, 10, False),
+    ],
 )
 def test_a_mirror_is_not_emptied_unless_a_person_allowed_every_removal(
-    removes: int, mirrored: int, allowed: int, held: bool
+    removes: int, mirrored: int, adds: int, allowed: int, held: bool
 ) -> None:
     """The reason is empty exactly when the plan may go on."""
-    assert bool(mirror_halt(removes, mirrored, allowed)) is held
+    assert bool(mirror_halt(removes, mirrored, adds, allowed)) is held
 
 
 def diff(path: str, have: Entry | None, want: Entry | None, staged: str = "") -> Difference:
