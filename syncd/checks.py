@@ -227,6 +227,11 @@ def _world_readable(path: Path) -> bool:
         return False
 
 
+def _may(path: Path, what: int) -> bool:
+    """Ask for the effective user: with ambient capabilities the real one says no although open() works."""
+    return os.access(path, what, effective_ids=True)
+
+
 def _check_source(check: _Checks, loc: Loc, path: Path) -> None:
     shown = printable(str(path))
     try:
@@ -238,7 +243,7 @@ def _check_source(check: _Checks, loc: Loc, path: Path) -> None:
     else:
         if not stat.S_ISDIR(mode):
             check.say(loc, f"{shown} is not a directory")
-        elif not os.access(path, os.R_OK | os.X_OK):
+        elif not _may(path, os.R_OK | os.X_OK):
             check.say(loc, f"{shown} cannot be read: it needs read and search permission")
 
 
@@ -261,7 +266,7 @@ def _check_writable(check: _Checks, loc: Loc, path: Path) -> None:
         break
     if not stat.S_ISDIR(mode):
         check.say(loc, f"{shown}: {printable(str(at))} is not a directory")
-    elif not os.access(at, os.W_OK | os.X_OK):
+    elif not _may(at, os.W_OK | os.X_OK):
         what = "is not writable" if at == path else f"cannot be made: {printable(str(at))} is not writable"
         check.say(loc, f"{shown} {what}")
 
@@ -277,7 +282,7 @@ def _check_file(check: _Checks, loc: Loc, path: Path | None, *, secret: bool) ->
         return
     if stat.S_ISDIR(mode):
         check.say(loc, f"{shown} is a directory")
-    elif not os.access(path, os.R_OK):
+    elif not _may(path, os.R_OK):
         check.say(loc, f"{shown} cannot be read: it needs read permission")
     elif secret and mode & stat.S_IROTH:
         check.warn(loc, f"{shown} is a secret that everybody on this host may read: chmod o= it")

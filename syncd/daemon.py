@@ -68,13 +68,18 @@ async def run_daemon(settings: Settings, config: Path | None, environ: Mapping[s
             async with contextlib.AsyncExitStack() as stack:
                 daemon = _Daemon(settings, state, board)
                 stack.push_async_callback(daemon.stop)
-                await daemon.start()
-                board.check_ready()
-                log.info("daemon_started", version=__version__, host=settings.daemon.host, folders=len(daemon.folders))
-                while (wish := await signals.next()) == "reload":
+                wish = await _start(daemon, signals)
+                if not wish:
+                    board.check_ready()
+                    log.info(
+                        "daemon_started", version=__version__, host=settings.daemon.host, folders=len(daemon.folders)
+                    )
+                    wish = await signals.next()
+                while wish == "reload":
                     sd_notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
                     await _reload(daemon, config, environ)
                     sd_notify("READY=1")
+                    wish = await signals.next()
                 log.info("daemon_stopping", signal=wish)
                 sd_notify("STOPPING=1")
         finally:
@@ -85,6 +90,27 @@ async def run_daemon(settings: Settings, config: Path | None, environ: Mapping[s
             await asyncio.to_thread(board.write, final=True)
     log.info("daemon_stopped")
     return EXIT_OK
+
+
+async def _start(daemon: _Daemon, signals: _Signals) -> str:
+    """Start the daemon; an embedded server may take minutes to read its store. A signal that stops ends it early.
+
+    :returns: that signal's name, "" where the daemon has started.
+    """
+    starting = asyncio.ensure_future(daemon.start())
+    try:
+        while True:
+            waiting = asyncio.ensure_future(signals.next())
+            await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                signals.put_back(waiting)
+                starting.result()
+                return ""
+            if waiting.result() != "reload":  # what it would read is being started already
+                return waiting.result()
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
 
 
 def _check(settings: Settings) -> None:
@@ -345,6 +371,13 @@ class _Signals:
     async def next(self) -> str:
         """Wait for the next wish: ``reload``, or the name of the signal that stops."""
         return await self._wishes.get()
+
+    def put_back(self, waiting: asyncio.Future[str]) -> None:
+        """End a wait; a wish that it got meanwhile is not lost."""
+        if waiting.done():
+            self._wishes.put_nowait(waiting.result())
+        else:
+            waiting.cancel()
 
     def _stop(self, number: signal.Signals) -> None:
         if self._stopping:

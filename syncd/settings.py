@@ -16,9 +16,11 @@ Whether the values fit together, and the disk, is the business of :mod:`syncd.ch
 from __future__ import annotations
 
 import difflib
+import grp
 import ipaddress
 import json
 import os
+import pwd
 import re
 import socket
 import tomllib
@@ -65,7 +67,6 @@ _LATER_KEYS: Mapping[tuple[str, str], str] = {
     ("publish", "keep_days"): "keeping generations",
     ("subscribe", "channel"): "following a channel",
     ("subscribe", "trusted_keys"): "checking signatures",
-    ("subscribe", "owner"): "setting owners",
     ("subscribe", "modes"): "setting modes",
     ("subscribe", "keep_releases"): "keeping releases",
     ("subscribe", "rate_limit"): "limiting the rate",
@@ -290,6 +291,45 @@ def _metadata(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+_MAX_ID = (1 << 32) - 2  # the last one means "as it is" to chown(2)
+
+
+def parse_owner(text: str) -> tuple[int, int]:
+    """Read ``user``, ``user:group`` or ``:group``, by name or number; -1 stands for "as it is".
+
+    A user alone brings its own group, as with chown's ``user:``.
+
+    :raises ValueError: this host knows no such user or group.
+    """
+    user, _, group = text.partition(":")
+    if not user and not group:
+        raise ValueError('must be "user", "user:group" or ":group"')
+    uid, gid = -1, -1
+    if user:
+        try:
+            known = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+        except (KeyError, OverflowError):
+            if not user.isdecimal():
+                raise ValueError(f"no user {printable(user)!r} on this host") from None
+            uid = int(user)
+        else:
+            uid, gid = known.pw_uid, known.pw_gid
+    if group:
+        try:
+            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise ValueError(f"no group {printable(group)!r} on this host") from None
+    if max(uid, gid) > _MAX_ID:
+        raise ValueError(f"an id is at most {_MAX_ID}")
+    return uid, gid
+
+
+def _owner(value: str) -> str:
+    if value:
+        parse_owner(value)
+    return value
+
+
 # TOML has types: "50" is no number, and true is not 1. The environment's text is converted before.
 _Int = Annotated[int, Strict()]
 _Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -420,7 +460,10 @@ class PublishSettings(_Model):
 
 
 class SubscribeSettings(_Model):
-    """One ``[[subscribe]]``: a folder and the mirror it is kept in."""
+    """One ``[[subscribe]]``: a folder and the mirror it is kept in.
+
+    :ivar owner: whom everything in the mirror belongs to, see :func:`parse_owner`; "": whoever runs syncd.
+    """
 
     folder: _Folder
     path: _Path
@@ -429,8 +472,9 @@ class SubscribeSettings(_Model):
     exclude: _Patterns = ()
     drift: Literal["repair", "report", "keep"] = "repair"
     extraneous: Literal["keep"] = "keep"
+    owner: Annotated[str, AfterValidator(_owner)] = ""
     rescan_seconds: _RescanSeconds = 60.0
-    settle_ms: _SettleMs = 20
+    settle_ms: _SettleMs = 10
 
 
 @dataclass(frozen=True, slots=True)

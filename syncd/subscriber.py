@@ -60,6 +60,7 @@ class SubscribeOptions:
     """One ``[[subscribe]]`` as plain values.
 
     :ivar folder: the bucket's name.
+    :ivar owner: user and group id that everything in the mirror gets, -1: as it is; ``None``: whoever runs syncd.
     :ivar settle_seconds: quiet time after a hint, so that what was written together is applied together.
     :ivar rescan_seconds: how often the mirror's files and the bucket are compared without any hint.
     """
@@ -68,7 +69,8 @@ class SubscribeOptions:
     path: Path
     rules: Rules
     drift: DriftPolicy = "repair"
-    settle_seconds: float = 0.02
+    owner: tuple[int, int] | None = None
+    settle_seconds: float = 0.01
     rescan_seconds: float = 60.0
 
 

@@ -20,9 +20,11 @@ import asyncio
 import contextlib
 import errno
 import os
+import stat
 import threading
 import time
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Self
 
 import structlog
@@ -32,7 +34,7 @@ from syncd.paths import is_private, printable
 from syncd.retry import backoff
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -44,11 +46,12 @@ STABLE_SECONDS = 60.0
 
 _DEBOUNCE_MS = 200
 _RUST_TIMEOUT_MS = 300
-_POLL_DELAY_MS = 1000
+_POLL_DELAY_MS = 2000  # 50,000 files cost 7 % of a core
 _ROOT_CHECK_SECONDS = 1.0
 _JOIN_SECONDS = 2.0
 _LIMIT_ERRORS = {errno.ENOSPC, errno.EMFILE, errno.ENFILE}
-_LIMIT_WORDS = ("inotify", "watch limit", "no space left", "too many open files")
+_LIMIT_WORDS = ("watch limit", "no space left", "too many open files")
+_RESCAN = True
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,84 @@ class PathHints:
     rescan: bool
 
 
-def is_limit(exc: BaseException) -> bool:
-    """Tell whether watching failed because the kernel has no room for more watches (then polling still works).
+class _How(Enum):
+    """The ways to watch, the best first."""
 
-    watchfiles 1.3 wraps it as an OSError with ENOSPC, or as a text of the notify crate without a number.
+    EVENTS = "events"
+    PARTIAL = "partial"
+    """Events, except for directories that we may not read."""
+    POLLING = "polling"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not the best way."""
+        return {
+            _How.EVENTS: "",
+            _How.PARTIAL: "directories that cannot be read are not watched",
+            _How.POLLING: "the kernel's limit of watches is reached (fs.inotify.max_user_watches)",
+        }[self]
+
+    def after(self, exc: Exception) -> _How:
+        """Return how to go on after an error; the same way means: try again."""
+        if is_denied(exc):
+            return _How.PARTIAL  # polling is refused there as well
+        return _How.POLLING if is_limit(exc) else self
+
+
+def is_limit(exc: Exception) -> bool:
+    """Tell whether the kernel has no room for more watches or instances (then polling still works).
+
+    watchfiles 1.3 has no type for it, and no number: only the texts of the notify crate and of the system.
     """
     if isinstance(exc, OSError) and exc.errno in _LIMIT_ERRORS:
         return True
     text = str(exc).lower()
     return any(word in text for word in _LIMIT_WORDS)
+
+
+def is_denied(exc: Exception) -> bool:
+    """Tell whether a directory may not be read (for polling watchfiles 1.3 has no type for it either)."""
+    return isinstance(exc, PermissionError) or "permission denied" in str(exc).lower()
+
+
+def around_unreadable(root: str) -> list[str]:
+    """Return what to watch so that a directory that cannot be read hides no other. Blocking.
+
+    The registration of one path and all below it stops at the first refusal (notify 8), that of
+    further paths goes on. So: the root, and all directories beside the way to every unreadable one.
+    """
+    refused: list[str] = []
+
+    def note(exc: OSError) -> None:
+        refused.append(os.fsdecode(exc.filename))
+
+    for _ in os.walk(root, onerror=note):
+        pass
+    above = {parent for path in refused for parent in _parents(root, path)}
+    beside = [entry.path for path in above for entry in _directories(path) if entry.path not in refused]
+    return [root, *sorted(path for path in beside if _is_utf8(path))]
+
+
+def _parents(root: str, path: str) -> Iterator[str]:
+    while len(path) > len(root):
+        path = path.rpartition("/")[0]
+        yield path or "/"
+
+
+def _directories(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:  # it vanished since: nothing to watch
+        return []
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def relative_paths(root: str, changed: Iterable[str]) -> tuple[set[str], bool]:
@@ -90,12 +162,10 @@ def relative_paths(root: str, changed: Iterable[str]) -> tuple[set[str], bool]:
         if name is path or name == path:
             doubt = True
         elif not is_private(name):
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                doubt = True
-            else:
+            if _is_utf8(name):
                 paths.add(name)
+            else:
+                doubt = True
     return paths, doubt
 
 
@@ -120,6 +190,7 @@ class PathWatcher:
         self._arrived: asyncio.Event
         self._paths: set[str] = set()
         self._rescan = False
+        self._begun_at = 0.0  # of the thread: monotonic seconds when this watching began, 0: not yet
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -151,7 +222,7 @@ class PathWatcher:
     def _add(self, paths: set[str], rescan: bool) -> None:  # noqa: FBT001 - call_soon_threadsafe takes no keywords
         self._paths |= paths
         if len(self._paths) > MAX_PENDING:
-            self._paths.clear()
+            self._paths = set()
             rescan = True
         self._rescan = self._rescan or rescan
         if self._rescan or self._paths:
@@ -169,67 +240,61 @@ class PathWatcher:
             self._loop.call_soon_threadsafe(call, *arguments)
 
     def _run(self) -> None:
-        polling = False
+        how = _How.EVENTS
         waits = backoff(0.1, 10.0)
         while not self._stop.is_set():
-            began = time.monotonic()
+            self._begun_at = 0.0
             try:
-                ended = self._watch(polling=polling)
-            except Exception as exc:  # noqa: BLE001 - watchfiles raises whatever its native part makes of an error
+                there = self._watch(how)
+            except Exception as exc:  # noqa: BLE001 - whatever watchfiles makes of an error of its native part
                 reason = printable(str(exc))
-                ended = "error"
-                if not polling and is_limit(exc):
-                    polling = True
-                    self._log.warning("watch_limit_reached", error=reason)
-                    self._tell(self._set_mode, "polling", reason)
+                following = how.after(exc)
+                self._log.warning("watch_failed", error=reason, how=how.value, then=following.value)
+                if following is not how:
+                    how = following
                     continue
-                self._log.warning("watch_failed", error=reason)
-            if ended == "down":
+                if not self._begun_at:
+                    self._tell(self._set_mode, "down", reason)
+                there = True
+            if not there:
                 # Events again once it is back: another filesystem may be mounted there, with fewer
                 # directories.
-                polling = False
+                how = _How.EVENTS
                 self._tell(self._set_mode, "down", "the root is missing")
                 self._stop.wait(_ROOT_CHECK_SECONDS)
                 continue
-            if time.monotonic() - began > STABLE_SECONDS:
+            if self._begun_at and time.monotonic() - self._begun_at > STABLE_SECONDS:
                 waits = backoff(0.1, 10.0)
-            self._tell(self._add, set(), True)
             self._stop.wait(next(waits))
 
-    def _watch(self, *, polling: bool) -> str:
-        """Watch until something ends it: "down", the root is missing; "replaced", it is another one; "stopped"."""
-        try:
-            root = os.path.realpath(self._root, strict=True)
-            identity = _identity(root)
-        except OSError:
-            return "down"
+    def _watch(self, how: _How) -> bool:
+        """Watch until something ends it; return False if that is a missing root."""
+        identity = _identity(self._root)
         if identity is None:
-            return "down"
-        begun = False
+            return False
+        root = os.path.realpath(self._root)
         checked = time.monotonic()
-        with contextlib.closing(self._changes(root, polling=polling)) as batches:
+        with contextlib.closing(self._changes(root, how)) as batches:
             for batch in batches:
-                if not begun:
-                    begun = True
-                    self._tell(self._set_mode, "polling" if polling else "events", "")
-                    self._tell(self._add, set(), True)
+                if not self._begun_at:
+                    self._begun_at = time.monotonic()
+                    mode = "polling" if how is _How.POLLING else "events"
+                    self._tell(self._set_mode, mode, how.reason)
+                    self._tell(self._add, set(), _RESCAN)
                 if batch:
-                    paths, doubt = relative_paths(root, batch)
-                    if len(paths) > MAX_PENDING:
-                        paths, doubt = set(), True
-                    if paths or doubt:
-                        self._tell(self._add, paths, doubt)
+                    paths, doubt = relative_paths(root, (path for _, path in batch))
+                    self._tell(self._add, paths, doubt)
                 if batch or time.monotonic() - checked > _ROOT_CHECK_SECONDS:
                     # inotify follows the inode: a root that was deleted or replaced would be silent for ever.
                     checked = time.monotonic()
                     now = _identity(self._root)
                     if now != identity:
-                        return "down" if now is None else "replaced"
-        return "stopped"
+                        return now is not None
+        return True
 
-    def _changes(self, root: str, *, polling: bool) -> Iterator[list[str]]:
-        batches = watchfiles.watch(
-            root,
+    def _changes(self, root: str, how: _How) -> Generator[set[tuple[watchfiles.Change, str]], None, None]:
+        return watchfiles.watch(
+            *(around_unreadable(root) if how is _How.PARTIAL else [root]),
             watch_filter=None,
             debounce=_DEBOUNCE_MS,
             step=self._step_ms,
@@ -238,18 +303,18 @@ class PathWatcher:
             stop_event=self._stop,
             raise_interrupt=False,
             recursive=True,
-            ignore_permission_denied=True,
-            force_polling=polling,
+            # It hides every error of the registration (watchfiles 1.3): the watch limit and a missing
+            # root, too.
+            ignore_permission_denied=how is _How.PARTIAL,
+            force_polling=True if how is _How.POLLING else None,
             poll_delay_ms=_POLL_DELAY_MS,
         )
-        for batch in batches:
-            yield [path for _, path in batch]
 
 
-def _identity(root: Path | str) -> tuple[int, int] | None:
+def _identity(root: Path) -> tuple[int, int] | None:
     """Return which directory the root is now; ``None``: there is none."""
     try:
-        st = os.stat(root)
+        st = root.stat()
     except OSError:
         return None
-    return (st.st_dev, st.st_ino) if os.path.isdir(root) else None
+    return (st.st_dev, st.st_ino) if stat.S_ISDIR(st.st_mode) else None

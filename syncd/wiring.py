@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from syncd.holdings import PublishOptions
 from syncd.rules import Rules
+from syncd.settings import parse_owner
 from syncd.store.base import BucketSpec
 from syncd.store.connection import ConnectionOptions
 from syncd.subscriber import SubscribeOptions
@@ -74,6 +75,7 @@ def subscribe_options(item: SubscribeSettings) -> SubscribeOptions:
         path=item.path,
         rules=Rules(item.include, item.exclude),
         drift=item.drift,
+        owner=parse_owner(item.owner) if item.owner else None,
         settle_seconds=item.settle_ms / 1000,
         rescan_seconds=item.rescan_seconds,
     )

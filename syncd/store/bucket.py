@@ -300,13 +300,16 @@ class NatsBucket:
             return await self._transport.send_and_wait(subject, payload, headers, lane=self._stream)
         except (WriteConflict, StoreTimeout, Unavailable) as error:
             # Our own message may be what it conflicts with: sent twice, acknowledged never.
-            seq = (await self._read_back([(subject, payload)])).get(subject, 0)
-            if seq:
-                return seq
+            stored = await self._read_back([(subject, payload)])
+            if stored:
+                return stored[subject]
             raise await self._explain(error) from error
 
-    async def _read_back(self, written: Iterable[tuple[str, bytes]]) -> dict[str, int]:
-        """Return subject -> sequence of those messages that are stored exactly so, as the newest of their subject."""
+    async def _read_back(self, written: Iterable[tuple[str, bytes]]) -> dict[str, int] | None:
+        """Return subject -> sequence of those messages that are stored exactly so, as the newest of their subject.
+
+        ``None``: that cannot be found out now.
+        """
         wanted = dict(written)
         found: dict[str, int] = {}
         subjects = list(wanted)
@@ -319,6 +322,7 @@ class NatsBucket:
                         found[subject] = header_int(headers, "Nats-Sequence")
         except SyncdError as error:
             log.debug("read_back_failed", bucket=self._name, reason=error.message)
+            return None
         return found
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -441,6 +445,9 @@ class NatsBucket:
                 done.extend((put, outcome) for put in group)
             elif isinstance(outcome, StoreTimeout | Unavailable) and not isinstance(outcome, Busy):
                 stored = await self._read_back((put.subject, put.payload) for put in group)
+                if stored is None:
+                    done.extend((put, outcome) for put in group)
+                    continue
                 done.extend((put, stored[put.subject]) for put in group if put.subject in stored)
                 again.extend(put for put in group if put.subject not in stored)
             else:
@@ -531,7 +538,7 @@ class NatsBucket:
             (put, failed[put.index]) for put in puts if put.index in failed
         ]
         doubtful = [put for put, ack in zip(ready, answers, strict=True) if isinstance(ack, _MAY_BE_STORED)]
-        stored = await self._read_back((put.subject, put.payload) for put in doubtful) if doubtful else {}
+        stored = (await self._read_back((put.subject, put.payload) for put in doubtful)) or {}
         orphans: list[str] = []
         for put, ack in zip(ready, answers, strict=True):
             if isinstance(ack, SyncdError) and put.subject in stored:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import nats.errors
 
-from syncd.errors import BadName, BucketNotFound, StoreRejected, StoreTimeout, SyncdError, Unavailable
+from syncd.errors import BadName, BucketNotFound, NotPermitted, StoreRejected, StoreTimeout, SyncdError, Unavailable
 from syncd.retry import backoff
 from syncd.store.api import REQUEST_SECONDS, Busy, header_int, read_json
 from syncd.store.connection import MAX_CONTROL_LINE, Connection, NoResponders, as_syncd_error, send
@@ -241,6 +241,8 @@ class Transport:
         if subject not in self._watches:
 
             def denied(error: SyncdError) -> None:
+                if subject.endswith("."):  # the server tells the one subject, in lower case
+                    error = _denied(f"{subject}*")
                 self._fail_pages(error, subject)
                 for out in list(self._out.values()):
                     if out.subject.startswith(subject):
@@ -310,16 +312,18 @@ class Transport:
             for out in flying:
                 self._fail(out, StoreTimeout(f"no acknowledgement for {SILENCE_SECONDS:g} s"))
             return
-        if now - self._resent < RESEND_SECONDS or client.pending_data_size:
-            return
-        overtaken = [
+        late = [
             out
             for out in flying
             if now - out.last_sent > RESEND_SECONDS and (quiet > RESEND_SECONDS or out.order < self._newest_acked)
         ]
-        if overtaken:
+        for out in late:
+            if not out.again and now - out.last_sent > SILENCE_SECONDS:
+                self._fail(out, StoreTimeout("the acknowledgement was lost"))
+        again = [out for out in late if out.again]
+        if again and now - self._resent > RESEND_SECONDS and not client.pending_data_size:
             self._resent = now
-            await self._send_again_in_order(client, overtaken)
+            await self._send_again_in_order(client, again)
 
     async def _send_again_in_order(self, client: Client, outs: list[Outgoing]) -> None:
         async with self._ordered:
@@ -617,6 +621,13 @@ class Transport:
                 self.reading.give(size)
             await asyncio.sleep(next(waits))
         raise AssertionError("unreachable")
+
+
+def _denied(subjects: str) -> NotPermitted:
+    return NotPermitted(
+        f'the nats server does not permit us to publish to "{subjects}"',
+        hint=f"grant the user publish on {subjects}",
+    )
 
 
 def _ended() -> Unavailable:

@@ -5,20 +5,22 @@ What differs is in docs/interop.md.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from nats.js.errors import BadObjectMetaError, LinkIsABucketError
 
+import tests.support.js
 from syncd.store.base import CHUNK_SIZE, Link, hex_to_digest
 from tests.integration.test_interop_py import DATA, DIGESTS, put_raw, token
 from tests.support.interop import (
     BEYOND_ASCII,
     NAMES,
+    PROMPT_SECONDS,
     SIZES,
     Interop,
     content,
@@ -29,11 +31,10 @@ from tests.support.interop import (
     write_tree,
 )
 from tests.support.js.client import JsClient, JsError, install, missing
-from tests.support.trees import difference
+from tests.support.trees import difference, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from tests.support.server import NatsServer
 
@@ -102,7 +103,12 @@ async def test_javascript_sees_headers_metadata_and_status(world: Interop, js: J
     assert script["metadata"].items() >= {"team": "web", "syncd-kind": "file", "syncd-mode": "0750"}.items()
     assert world.bucket in await js.call("buckets")
     status = await js.call("status", world.bucket)
-    assert (status["bucket"], status["storage"], status["replicas"], status["sealed"]) == (world.bucket, "file", 1, False)
+    assert (status["bucket"], status["storage"], status["replicas"], status["sealed"]) == (
+        world.bucket,
+        "file",
+        1,
+        False,
+    )
     assert status["metadata"]["syncd.layout"] == "objects"
     assert status["size"] > 10
 
@@ -152,6 +158,20 @@ async def test_javascript_watches_a_bucket_that_syncd_publishes_to(world: Intero
     await world.push()
     update = await watch.until("b")
     assert (update["deleted"], update["mtime"]) == (True, None)
+
+
+async def test_javascript_watches_a_live_publisher(world: Interop, js: JsClient) -> None:
+    """A file edited, made, renamed and removed in the source is an update in JavaScript a moment later."""
+    await world.push({"a": b"1", "b": b"2"})
+    watch = await js.watch(world.bucket)
+    async with world.publishing():
+        write_tree(world.source, {"a": b"edited", "new/file": content(300_000)})
+        assert (await watch.until("a", PROMPT_SECONDS))["size"] == 6
+        assert (await watch.until("new/file", PROMPT_SECONDS))["size"] == 300_000
+        (world.source / "a").rename(world.source / "z")
+        assert (await watch.until("z", PROMPT_SECONDS))["size"] == 6
+        assert (await watch.until("a", PROMPT_SECONDS))["deleted"] is True
+        assert await js.get(world.bucket, "z") == b"edited"
 
 
 async def test_javascript_follows_links_that_syncd_wrote(world: Interop, js: JsClient) -> None:
@@ -229,8 +249,7 @@ async def test_a_live_mirror_hears_of_changes_in_a_bucket_that_javascript_made(w
         await world.appears({"d/b": content(300_000)})
         await js.call("delete", world.bucket, name="d/b")
         await world.appears({"d/b": None})
-        await asyncio.to_thread(lambda: None)
-        assert not (world.mirror / "d").exists()
+        await eventually(lambda: not (world.mirror / "d").exists(), PROMPT_SECONDS)
 
 
 async def test_a_live_mirror_follows_a_rename_and_a_new_description(world: Interop, js: JsClient) -> None:
@@ -243,7 +262,9 @@ async def test_a_live_mirror_follows_a_rename_and_a_new_description(world: Inter
         await js.call("update", world.bucket, name="old", rename="new/name")
         await world.appears({"new/name": b"content", "old": None, "stays": b"s"})
     assert {info["name"] for info in await js.list(world.bucket)} == {"new/name", "stays"}
-    messages = (await world.js.stream_info(f"OBJ_{world.bucket}", subjects_filter=f"$O.{world.bucket}.M.>")).state.subjects
+    messages = (
+        await world.js.stream_info(f"OBJ_{world.bucket}", subjects_filter=f"$O.{world.bucket}.M.>")
+    ).state.subjects
     assert messages == {f"$O.{world.bucket}.M.{token('stays')}": 2, f"$O.{world.bucket}.M.{token('new/name')}": 1}
 
 
@@ -339,7 +360,9 @@ async def test_nats_py_cannot_read_object_links_of_javascript(world: Interop, js
 # -- both write to one bucket ------------------------------------------------------------------------------------------
 
 
-async def test_the_source_wins_over_a_javascript_that_overwrites_renames_or_deletes(world: Interop, js: JsClient) -> None:
+async def test_the_source_wins_over_a_javascript_that_overwrites_renames_or_deletes(
+    world: Interop, js: JsClient
+) -> None:
     """Mirrors follow the other writer until the next push; what the source does not have is left to its writer."""
     await world.push({"a": b"ours", "b": b"ours too", "c": b"renamed", "d": b"stays"})
     await js.put(world.bucket, "a", b"theirs")
@@ -351,12 +374,36 @@ async def test_the_source_wins_over_a_javascript_that_overwrites_renames_or_dele
     await world.push()
     await world.pull()
     ours = {"a": b"ours", "b": b"ours too", "c": b"renamed", "d": b"stays"}
-    found = read_tree(world.mirror)
-    assert found.pop("extra") == b"of javascript"
-    found.pop("moved", None)
-    assert found == ours
-    for name, data in ours.items():
-        assert await js.get(world.bucket, name) == data
+    assert read_tree(world.mirror) == ours | {"extra": b"of javascript", "moved": b"renamed"}
+
+
+@pytest.mark.parametrize("keeps_metadata", [True, False])
+async def test_a_live_publisher_restores_what_javascript_renames(
+    world: Interop, js: JsClient, keeps_metadata: bool
+) -> None:
+    """The old name is put again, though no tombstone tells of it; the new one goes if its metadata says it is ours."""
+    await world.push({"a": b"1", "b": content(300_000)})
+    info = await js.info(world.bucket, "b")
+    assert info is not None
+    async with world.publishing():
+        kept = {"metadata": info["metadata"]} if keeps_metadata else {}
+        await js.call("update", world.bucket, name="b", rename="moved", **kept)
+        moved = None if keeps_metadata else content(300_000)
+        await world.announces({"a": b"1", "b": content(300_000), "moved": moved})
+
+
+async def test_an_update_by_javascript_drops_the_metadata_it_is_not_given(world: Interop, js: JsClient) -> None:
+    """Mode and time of what syncd published are lost to mirrors until the next push."""
+    await world.push({"tool": b"#!"})
+    (world.source / "tool").chmod(0o755)
+    await world.push()
+    await js.call("update", world.bucket, name="tool", description="described")
+    assert "metadata" not in await world.raw(token("tool"))
+    await world.pull()
+    assert (world.mirror / "tool").stat().st_mode & 0o7777 == 0o644
+    await world.push()
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
 
 
 async def test_syncd_publishes_into_a_bucket_that_javascript_made(world: Interop, js: JsClient) -> None:
@@ -370,7 +417,9 @@ async def test_syncd_publishes_into_a_bucket_that_javascript_made(world: Interop
     assert {info["name"] for info in await js.list(world.bucket)} == {"theirs", "large"}
 
 
-async def test_javascript_keeps_the_metadata_of_what_it_deletes_and_nats_py_drops_it(world: Interop, js: JsClient) -> None:
+async def test_javascript_keeps_the_metadata_of_what_it_deletes_and_nats_py_drops_it(
+    world: Interop, js: JsClient
+) -> None:
     """A tombstone of JavaScript still says who published the object; both remove the mirror's file."""
     await world.push({"a": b"1", "b": b"2", "c": b"3"})
     await world.pull()
@@ -386,7 +435,7 @@ async def test_javascript_keeps_the_metadata_of_what_it_deletes_and_nats_py_drop
 
 
 async def test_javascript_does_not_find_names_beyond_ascii_that_others_wrote(world: Interop, js: JsClient) -> None:
-    """It writes subjects in Latin-1 instead of UTF-8: what syncd wrote is listed, but not found or not even asked for."""
+    """It makes subjects of Latin-1 instead of UTF-8: what syncd wrote is listed, but not found or an error."""
     await world.push(tree_of(BEYOND_ASCII))
     assert {info["name"] for info in await js.list(world.bucket) if info["size"]} == set(BEYOND_ASCII)
     for name in BEYOND_ASCII:
@@ -487,13 +536,8 @@ async def test_a_live_mirror_ends_with_what_an_overwriting_javascript_wrote_last
 
 async def test_the_packages_are_installed_outside_of_the_repository(driver: Path) -> None:
     """No node_modules and no lock file appear beside the driver's source."""
-    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    assert not driver.is_relative_to(here)
-    names = os.listdir(os.path.join(here, "tests", "support", "js"))
-    assert not {"node_modules", "package-lock.json"} & set(names)
+    here = Path(tests.support.js.__file__).parent
+    assert not driver.is_relative_to(here.parents[2])
+    assert not {"node_modules", "package-lock.json"} & {path.name for path in here.iterdir()}
     assert (driver.parent / "node_modules" / "@nats-io" / "obj").is_dir()
     assert not (driver.parent / "package-lock.json").exists()
-
-
-def _unused(*_: Any) -> None:
-    write_tree

@@ -7,7 +7,9 @@ import base64
 import hashlib
 import json
 import os
+import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,11 +31,10 @@ from tests.support.interop import (
     tree_of,
     within,
 )
-from tests.support.trees import difference
+from tests.support.trees import difference, equal_trees
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from tests.support.server import NatsServer
 
@@ -69,7 +70,7 @@ async def test_nats_py_reads_every_size_that_syncd_wrote(world: Interop) -> None
 
 
 async def test_nats_py_reads_every_name_that_syncd_wrote(world: Interop) -> None:
-    """Spaces, wildcards of NATS, dots, control characters, deep paths, any script: listed and read under their names."""
+    """Spaces, wildcards of NATS, dots, control characters, deep paths, any script: listed and read by name."""
     files = tree_of(NAMES + BEYOND_ASCII)
     await world.push(files)
     store = await world.other()
@@ -204,7 +205,9 @@ async def test_names_of_nats_py_that_are_no_paths_are_reported(world: Interop) -
     for name in [*bad, "good"]:
         await within(store.put(name, b"x"))
     result = await world.pull()
-    assert sorted((problem.path, problem.code) for problem in result.problems) == sorted((name, "bad_name") for name in bad)
+    assert sorted((problem.path, problem.code) for problem in result.problems) == sorted(
+        (name, "bad_name") for name in bad
+    )
     assert read_tree(world.mirror) == {"good": b"x"}
 
 
@@ -298,6 +301,18 @@ async def test_the_source_wins_over_a_nats_py_that_overwrites_or_deletes(world: 
     assert difference(world.source, world.mirror) == {}
 
 
+async def test_a_live_publisher_restores_what_nats_py_overwrites_or_deletes(world: Interop) -> None:
+    """The source's state is back long before the timer, and a live mirror ends with it."""
+    await world.push({"a": b"ours", "b": content(300_000), "c": b"stays"})
+    store = await world.other()
+    async with world.publishing(), world.mirroring():
+        await within(store.put("a", b"theirs"))
+        await world.announces({"a": b"ours"})
+        await within(store.delete("b"))
+        await world.announces({"b": content(300_000), "c": b"stays"})
+        await equal_trees(world.source, world.mirror)
+
+
 async def test_nats_py_drops_the_metadata_of_what_it_updates(world: Interop) -> None:
     """Mode and time are lost until the next push: the mirror shows the defaults of a foreign object meanwhile."""
     await world.push({"tool": b"#!"})
@@ -314,7 +329,7 @@ async def test_nats_py_drops_the_metadata_of_what_it_updates(world: Interop) -> 
 
 
 async def test_content_shared_by_two_names_is_lost_to_nats_py_and_healed_by_a_push(world: Interop) -> None:
-    """Equal files share chunks; a client that deletes one purges them for both. The mirror keeps its copy, a push mends."""
+    """Equal files share chunks; a client that deletes one purges them for both. A mirror keeps its copy."""
     await world.push({"one": b"the same", "two": b"the same"})
     await world.pull()
     assert (await world.raw(token("one")))["nuid"] == (await world.raw(token("two")))["nuid"]
@@ -325,6 +340,19 @@ async def test_content_shared_by_two_names_is_lost_to_nats_py_and_healed_by_a_pu
     assert read_tree(world.mirror) == {"two": b"the same"}
     await world.push()
     assert (await within(store.get("two"))).data == b"the same"
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
+
+
+async def test_content_shared_by_two_names_is_healed_at_once_by_a_live_publisher(world: Interop) -> None:
+    """It sees that another client purged chunks, and announces nothing whose content is gone."""
+    await world.push({"one": b"the same", "two": b"the same", "three": b"the same"})
+    store = await world.other()
+    async with world.publishing():
+        await within(store.put("one", b"another"))
+        await world.announces(dict.fromkeys(("one", "two", "three"), b"the same"))
+        await within(store.delete("two"))
+        await world.announces(dict.fromkeys(("one", "two", "three"), b"the same"))
     await world.pull()
     assert difference(world.source, world.mirror) == {}
 
@@ -462,3 +490,15 @@ async def test_nats_py_never_reads_a_wrong_byte_while_syncd_pushes(world: Intero
         done.set()
     assert await within(reader) > 0
     assert wrong == []
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_claim_of_the_page_names_a_test_that_exists() -> None:
+    """docs/interop.md names only tests of these two modules, and every one of them."""
+    here = Path(__file__)
+    text = "".join(file.read_text() for file in (here, here.with_name("test_interop_js.py")))
+    exist = set(re.findall(r"^async def (test_\w+)", text, re.MULTILINE))
+    named = set(re.findall(r"`(test_\w+)`", (here.parents[2] / "docs" / "interop.md").read_text()))
+    assert named == exist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 import socket
 import stat
@@ -492,6 +493,19 @@ def test_a_file_edited_here_and_removed_upstream_follows_the_policy(
     assert [done.path for done in outcome.placed] == (["gone"] if stays else ["gone", "f"])
 
 
+@pytest.mark.fault("D4")
+@pytest.mark.parametrize("policy", ["report", "keep"])
+def test_a_file_edited_here_that_became_a_directory_upstream_is_kept(root: Path, keeper: Keeper, policy: str) -> None:
+    """One word about it under report, none under keep; what belongs below it has no place."""
+    keeper.go({"f": file("old")})
+    (root / "f").write_text("edited")
+    outcome = keeper.go({"f": folder(), "f/g": file("g"), "h": file("h")}, drift=policy)
+    told = {"f": "drift"} if policy == "report" else {}
+    assert {path: code for path, code in code_of(outcome.problems).items() if path != "f/g"} == told
+    assert code_of(outcome.problems)["f/g"] == "parent_not_directory"
+    assert ((root / "f").read_text(), (root / "h").read_text()) == ("edited", "h")
+
+
 @pytest.mark.parametrize("what", ["symlink", "fifo", "full_dir", "empty_dir"])
 @pytest.mark.parametrize("policy", ["repair", "report", "keep"])
 def test_what_took_the_place_of_a_removed_file_is_not_ours_to_remove(
@@ -673,9 +687,14 @@ def test_a_walk_deeper_than_the_descriptors_kept_comes_back(root: Path, keeper: 
     deep = "/".join(["d"] * 1000)
     tree = {f"{deep}/f": file("x"), f"{deep}/g": file("x"), "d/e": file("x"), "/".join(["d"] * 500) + "/m": file("x")}
     before = open_descriptors()
-    assert keeper.go(tree).problems == []
-    assert open_descriptors() == before
-    walked = [path for path, _ in keeper.mirror.walk()]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 100, hard))
+    try:
+        assert keeper.go(tree).problems == []
+        assert open_descriptors() == before
+        walked = [path for path, _ in keeper.mirror.walk()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(walked) == 1004
     assert walked[-4:] == [f"{deep}/f", f"{deep}/g", "/".join(["d"] * 500) + "/m", "d/e"]
     assert keeper.go({}).problems == []
@@ -860,14 +879,15 @@ old = {"d": folder(mode=0o555), "d/e": folder(mode=0o311), "d/e/f": file("old", 
        "d/s/g": file("g"), "d/e/unreadable": file("u", mode=0o000), "n": folder(mode=0o500), "n/x": file("x")}
 new = {"d": folder(mode=0o555), "d/e": folder(mode=0o311, mtime_ns=T0 + 9), "d/e/f": file("new", mode=0o400),
        "d/s": folder(mode=0o000), "d/s/g": file("g2"), "d/e/unreadable": file("u", mode=0o200, mtime_ns=T0 + 8),
-       "d/e/added": folder(mode=0o555), "d/e/added/h": file("h"), "n": folder(mode=0o500)}
+       "d/e/added": folder(mode=0o555), "d/e/added/h": file("h"), "n": folder(mode=0o550),
+       "n/y": file("y")}
 with Mirror.open(root) as mirror:
     keeper = Keeper(mirror)
     for tree in (old, new, old, new):
         outcome = keeper.go(tree)
         assert (outcome.problems, outcome.drifted) == ([], []), outcome
     # a directory without a DirMeta in the plan gets back what it had
-    plan = keeper.plan({**new, "d/e/f": file("newer")})
+    plan = keeper.plan({**new, "d/e/f": file("newer"), "d/s/g": file("g3")})
     outcome = mirror.commit(MirrorPlan(place=plan.place), drift="repair")
     assert not outcome.problems, outcome.problems
 print("fine")
@@ -876,11 +896,11 @@ print("fine")
     )
     found = {path: (nobodys / "m" / path).stat() for path in ("d", "d/e", "d/s", "d/e/added", "n", "d/e/unreadable")}
     modes = {path: stat.S_IMODE(it.st_mode) for path, it in found.items()}
-    assert modes == {"d": 0o555, "d/e": 0o311, "d/s": 0, "d/e/added": 0o555, "n": 0o500, "d/e/unreadable": 0o200}
+    assert modes == {"d": 0o555, "d/e": 0o311, "d/s": 0, "d/e/added": 0o555, "n": 0o550, "d/e/unreadable": 0o200}
     assert found["d/e/unreadable"].st_mtime_ns == T0 + 8
     assert (nobodys / "m/d/e/f").read_text() == "newer"
     (nobodys / "m/d/s").chmod(0o700)
-    assert (nobodys / "m/d/s/g").read_text() == "g2"
+    assert (nobodys / "m/d/s/g").read_text() == "g3"
 
 
 @pytest.mark.fault("S3")

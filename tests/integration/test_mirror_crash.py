@@ -21,7 +21,7 @@ from syncd.mirror.journal import ForeignJournalError, TornJournalError, decode, 
 from syncd.mirror.staging import STAGED_NAME
 from syncd.model import Entry, Kind, Stat
 from syncd.plan import DirMeta, MakeDir, MirrorPlan, Place, Remove, SetMeta
-from tests.support.mirror import T0, Keeper, Tree, dump, expected, file, folder, link, litter, run, snapshot
+from tests.support.mirror import T0, Keeper, Tree, dump, expected, file, folder, link, litter, lstat, run, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,8 +75,8 @@ class Prepared:
         self.index = keeper.index
         dump(self.state, self.index, NEW)
 
-    def crash(self, point: str) -> None:
-        died = run("apply", self.root, self.state, crash=point)
+    def crash(self, point: str, drift: str = "repair") -> None:
+        died = run("apply", self.root, self.state, drift, crash=point)
         assert died.returncode == -signal.SIGKILL, died.stdout
 
     def recover(self) -> Keeper:
@@ -118,10 +118,11 @@ def test_killed_before_the_commit_point_nothing_has_happened(prepared: Prepared,
 
 
 @pytest.mark.fault("C1")
+@pytest.mark.parametrize("drift", ["repair", "report"])
 @pytest.mark.parametrize("point", AFTER_THE_JOURNAL)
-def test_killed_after_the_commit_point_the_batch_is_completed(prepared: Prepared, point: str) -> None:
+def test_killed_after_the_commit_point_the_batch_is_completed(prepared: Prepared, point: str, drift: str) -> None:
     """The new tree to the nanosecond, no litter; what recover() returns is what the index needs."""
-    prepared.crash(point)
+    prepared.crash(point, drift)
     check_between(prepared.root)
     keeper = prepared.recover()
     assert snapshot(prepared.root) == expected(NEW)
@@ -236,6 +237,19 @@ def test_what_somebody_changed_after_the_crash_is_not_remembered_as_ours(prepare
     assert {"a/added", "new_dir/n", "l"} <= placed
     assert not {"a/changed", "a/touched", "m"} & placed
     assert victim.read_text() == "NEW content, longer"
+
+
+@pytest.mark.fault("C1 L9")
+def test_a_copy_taken_for_a_shared_inode_is_recognised_after_a_crash(prepared: Prepared, tmp_path: Path) -> None:
+    """It has another inode than the plan assumed, and is ours all the same."""
+    os.link(prepared.root / "a/touched", tmp_path / "twin")
+    prepared.index["a/touched"] = (prepared.index["a/touched"][0], lstat(prepared.root / "a/touched"))
+    dump(prepared.state, prepared.index, NEW)
+    prepared.crash("before_dir_meta", "report")
+    keeper = prepared.recover()
+    assert snapshot(prepared.root) == expected(NEW)
+    assert keeper.index["a/touched"][0] == NEW["a/touched"].entry
+    assert prepared.fresh == []
 
 
 @pytest.mark.fault("C1")

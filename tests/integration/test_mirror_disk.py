@@ -316,16 +316,24 @@ def test_an_io_error_in_the_middle_ends_the_batch_and_it_is_completed_later(
 
 
 @pytest.mark.fault("X2")
-def test_a_sync_that_fails_after_the_journal_takes_the_commit_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_journal_that_cannot_be_made_durable_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
 ) -> None:
-    """What is reported as failed does not happen after a restart."""
+    """Its content or its name: what is reported as failed does not happen after a restart."""
     root = tmp_path / "m"
     with Mirror.open(root) as mirror:
         keeper = Keeper(mirror)
         keeper.go({"f": file("old")})
         plan = keeper.plan({"f": file("new")})
-        monkeypatch.setattr(os, "fsync", _failing(None, errno.EIO))
+        fsync, calls = os.fsync, iter(range(1, 10))
+
+        def failing(fd: int) -> None:
+            if next(calls) == which:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            fsync(fd)
+
+        monkeypatch.setattr(os, "fsync", failing)
         with pytest.raises(DiskProblem, match="EIO"):
             mirror.commit(plan, drift="repair")
         monkeypatch.undo()

@@ -167,7 +167,7 @@ def test_no_look_reaches_through_a_parent_that_is_swapped_for_a_symlink(arena: A
 def test_a_target_that_keeps_turning_into_a_fifo_or_symlink_is_never_opened(tmp_path: Path) -> None:
     """A fifo would block, a symlink would lead outside; setting modes and reading neither waits nor follows."""
     outside = tmp_path / "outside"
-    outside.write_text("content")
+    outside.write_text("outside")
     before = (outside.stat().st_mode, outside.stat().st_mtime_ns)
     with Mirror.open(tmp_path / "m") as mirror:
         keeper = Keeper(mirror)
@@ -186,9 +186,10 @@ def test_a_target_that_keeps_turning_into_a_fifo_or_symlink_is_never_opened(tmp_
                     entry = file("content", mode=0o4777, mtime_ns=T0 + number).entry
                     mirror.commit(MirrorPlan(set_meta=(SetMeta("f", entry, None),)), drift="repair")
                     with contextlib.suppress(FileChanged, DiskProblem):
-                        mirror.read_digests("f")
+                        assert mirror.read_digests("f")[0] == entry.digest
                     with contextlib.suppress(FileChanged, DiskProblem):
-                        mirror.stage_copy("f", entry)
+                        mirror.stage_copy("f", file("outside").entry)
+                        pytest.fail("a copy of what lies outside was taken")
             finally:
                 swapper.kill()
                 swapper.communicate()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
-import nats.errors
 import pytest
 from nats.js.errors import ObjectNotFoundError
 
@@ -36,7 +33,6 @@ from tests.support.store import (
     live_kit,
     names,
     put,
-    raw_client,
     small,
 )
 
@@ -45,7 +41,7 @@ if TYPE_CHECKING:
 
     from nats.aio.msg import Msg
 
-    from syncd.store.base import Bucket, Hints
+    from syncd.store.base import Hints
     from syncd.store.bucket import NatsBucket
     from tests.support.store import LiveKit
 
@@ -633,9 +629,8 @@ async def test_forged_and_doubled_hints_do_no_harm(kit: LiveKit, bucket: NatsBuc
 async def test_what_no_hint_tells_is_found_by_the_timer(kit: LiveKit) -> None:
     """A bucket that neither republishes nor lets us make a consumer is found changed when the wait ends."""
     bucket = await foreign_bucket(kit, max_consumers=1)
-    await kit.api(
-        "CONSUMER.CREATE.OBJ_F", {"stream_name": "OBJ_F", "config": {"durable_name": "taken", "ack_policy": "explicit"}}
-    )
+    taken = {"name": "taken", "durable_name": "taken", "ack_policy": "explicit"}
+    await kit.api("CONSUMER.CREATE.OBJ_F.taken", {"stream_name": "OBJ_F", "config": taken})
     async with bucket.hints() as hints:
         await calm(hints)
         await put(bucket, "n", b"x")
@@ -643,7 +638,7 @@ async def test_what_no_hint_tells_is_found_by_the_timer(kit: LiveKit) -> None:
         assert await names(bucket) == ["n"]
 
 
-# -- permissions --------------------------------------------------------------------------------------------------------
+# -- permissions ------------------------------------------------------------------------------------------------------
 
 TWO_ACCOUNTS = """
 accounts {
@@ -708,9 +703,9 @@ async def test_a_host_without_jetstream_reads_through_imports(guarded: NatsServe
         assert await get(ours, "big") == content(5 * CHUNK_SIZE)
         got = {info.name: data async for info, data in ours.download_many(infos[:-1])}
         assert got == {f"s/{number}": content(500, number) for number in range(50)}
-        with pytest.raises(NotPermitted, match=r"\$O\.B\.C\."):
+        with pytest.raises(NotPermitted, match=r"\$O\.B\.C\.\*"):
             await ours.upload(BytesSource(b"x"))
-        with pytest.raises(NotPermitted, match=r"(?i)\$O\.B\.M\."):
+        with pytest.raises(NotPermitted, match=r"\$O\.B\.M\.\*"):
             await ours.put_meta(ObjectMeta("evil"), EMPTY, expected_seq=None)
         assert (await theirs.state()).last_seq == seq
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import time
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,13 +15,13 @@ from nats.js.errors import NotFoundError
 from syncd.publisher import Publisher, PublishOptions, PushResult
 from syncd.rules import Rules
 from syncd.status import FolderState, FolderStatus, StatusKeeper
-from syncd.store.base import CHUNK_SIZE
+from syncd.store.base import CHUNK_SIZE, hex_to_digest
 from syncd.store.bucket import NatsStore
 from syncd.store.connection import Connection, ConnectionOptions
-from syncd.subscriber import PullResult, Subscriber, SubscribeOptions
+from syncd.subscriber import PullResult, SubscribeOptions, Subscriber
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
     from pathlib import Path
 
     from nats.js import JetStreamContext
@@ -118,6 +119,20 @@ def keeper(role: Literal["publish", "subscribe"], folder: str) -> StatusKeeper:
     return StatusKeeper(FolderStatus(role, folder, "/"), clock=time.time, report=lambda _: None)
 
 
+async def _is_announced(store: ObjectStore, name: str, data: bytes | None) -> bool:
+    try:
+        info = await within(store.get_info(name))
+    except NotFoundError:
+        return data is None
+    if data is None or info.digest != hex_to_digest(hashlib.sha256(data).hexdigest()):
+        return False
+    try:
+        found: bytes = (await within(store.get(name), HANG_SECONDS)).data
+    except (TimeoutError, NotFoundError):
+        return False
+    return found == data
+
+
 class Interop:
     """syncd's two services on a real server, and nats-py on a connection of its own."""
 
@@ -145,12 +160,15 @@ class Interop:
 
     # -- syncd ---------------------------------------------------------------------------------------------------
 
+    def _publisher(self) -> tuple[Publisher, StatusKeeper]:
+        status = keeper("publish", self.bucket)
+        options = PublishOptions(self.bucket, self.source, Rules(), "here:/source", metadata={"team": "web"})
+        return Publisher(options, self.store, self.tmp / "publish.db", status=status), status
+
     async def push(self, files: Mapping[str, bytes] | None = None, **arguments: Any) -> PushResult:
         """Write files into the source and publish it once."""
         write_tree(self.source, files or {})
-        options = PublishOptions(self.bucket, self.source, Rules(), "here:/source", metadata={"team": "web"})
-        status = keeper("publish", self.bucket)
-        publisher = Publisher(options, self.store, self.tmp / "publish.db", status=status)
+        publisher, _ = self._publisher()
         return await within(publisher.push(**arguments), 60)
 
     def _subscriber(self) -> tuple[Subscriber, StatusKeeper]:
@@ -163,16 +181,28 @@ class Interop:
         return await within(subscriber.pull(**arguments), 60)
 
     @contextlib.asynccontextmanager
+    async def publishing(self) -> AsyncIterator[StatusKeeper]:
+        """``Publisher.run`` as a task; entered when the bucket is in sync and hears of other writers."""
+        publisher, status = self._publisher()
+        async with self._running(publisher.run(), status):
+            yield status
+
+    @contextlib.asynccontextmanager
     async def mirroring(self) -> AsyncIterator[StatusKeeper]:
-        """``Subscriber.run`` as a task; entered when the mirror is in sync and listens for changes."""
+        """``Subscriber.run`` as a task; entered when the mirror is in sync and hears of changes."""
         subscriber, status = self._subscriber()
-        task = asyncio.create_task(subscriber.run())
+        async with self._running(subscriber.run(), status):
+            yield status
+
+    @contextlib.asynccontextmanager
+    async def _running(self, service: Coroutine[Any, Any, None], status: StatusKeeper) -> AsyncIterator[None]:
+        task = asyncio.create_task(service)
         try:
             async with asyncio.timeout(SECONDS):
                 while status.now.state is not FolderState.IN_SYNC or not await self.listening():
                     assert not task.done(), task.exception()
                     await asyncio.sleep(0.02)
-            yield status
+            yield
             assert not task.done(), task.exception()
         finally:
             task.cancel()
@@ -210,6 +240,15 @@ class Interop:
         except NotFoundError:
             return []
         return [info for info in consumers if info.config.filter_subject == f"$O.{self.bucket}.M.>"]
+
+    async def announces(self, files: Mapping[str, bytes | None], seconds: float = PROMPT_SECONDS) -> None:
+        """Wait until the bucket announces these contents (``None``: no such object) and nats-py reads them."""
+        store = await self.other()
+        deadline = time.monotonic() + seconds
+        for name, data in files.items():
+            while not await _is_announced(store, name, data):
+                assert time.monotonic() < deadline, f"not within {seconds} s: {name}"
+                await asyncio.sleep(0.02)
 
     async def raw(self, subject: str) -> dict[str, Any]:
         """The newest metadata message on ``$O.<bucket>.M.<subject>`` as parsed JSON."""

@@ -1,8 +1,8 @@
 """A mirror's caller in miniature: stage what a target tree needs, plan, commit, remember. Also run as a subprocess:
 
-python -m tests.support.mirror apply  ROOT STATE      go to the tree pickled in STATE, once
-python -m tests.support.mirror flip   ROOT STATE      go to and fro between two trees for ever
-python -m tests.support.mirror recover ROOT           open and recover
+python -m tests.support.mirror apply  ROOT STATE DRIFT  go to the tree pickled in STATE, once
+python -m tests.support.mirror flip   ROOT STATE        go to and fro between two trees for ever
+python -m tests.support.mirror recover ROOT             open and recover
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _main() -> None:
     keeper = Keeper(mirror, index)
     keeper.remember(placed)
     if command == "apply":
-        keeper.go(trees[0])
+        keeper.go(trees[0], drift=sys.argv[4])
         return
     print("ready", flush=True)
     for count in range(1_000_000):

@@ -239,7 +239,6 @@ def test_the_message_counts_the_problems(tmp_path):
         ("", 'mode = "release"', 'subscribe.0.mode ("release"): release mode'),
         ("", 'channel = "head"', "subscribe.0.channel: following a channel"),
         ("", 'trusted_keys = ["K"]', "subscribe.0.trusted_keys: checking signatures"),
-        ("", 'owner = "a:b"', "subscribe.0.owner: setting owners"),
         ("", 'modes = "preserve"', "subscribe.0.modes: setting modes"),
         ("", "keep_releases = 3", "subscribe.0.keep_releases: keeping releases"),
         ("", 'rate_limit = "50MB/s"', "subscribe.0.rate_limit: limiting the rate"),
