@@ -11,7 +11,7 @@ from syncd.errors import BadName, BucketNotFound, ObjectCorrupt, ObjectGone, Syn
 from syncd.model import Kind, Problem
 from syncd.paths import ancestors, check_path
 from syncd.problems import ProblemBook
-from syncd.store.base import BadMeta
+from syncd.store.base import NUID_PREFIX, BadMeta
 from syncd.store.mapping import ALLOWED, remote_row
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Announced:
     """One bucket as a mirror sees it.
 
     :ivar problems: objects that are refused.
+    :ivar listing_wanted: an object was renamed, which leaves no tombstone under its old name.
     :ivar allowed_removals: names whose tombstones say that a person allowed the deletion at the publisher.
     """
 
@@ -44,6 +45,7 @@ class Announced:
         self.problems = ProblemBook(self._log, "object_refused")
         self.allowed_removals: set[str] = set()
         self._links: dict[str, Link] = {}
+        self.listing_wanted = False
         self._had_links = True  # those of an earlier run, until the first look
 
     async def catch_up(self, *, full: bool, hinted: int) -> set[str] | None:
@@ -74,6 +76,7 @@ class Announced:
     async def _list(self, created: str, at_least: int) -> None:
         """Read the whole bucket; names that it no longer has are forgotten once the listing is complete."""
         await self._thread.run(self._index.begin_listing)
+        self.listing_wanted = False
         self.problems.begin()
         self._links.clear()
         last = 0
@@ -123,12 +126,26 @@ class Announced:
             else:
                 self.problems.clear(item.name)
                 rows.append(row)
+        if not listed:
+            self.listing_wanted = self.listing_wanted or self._any_renamed(rows)
         with self._index.transaction():
             self._index.drop_remote(gone)
             self._index.put_remote(rows, listed=listed)
             if not listed:
                 self._index.set_note("position", str(last_seq))
         return touched
+
+    def _any_renamed(self, rows: Iterable[RemoteRow]) -> bool:
+        """Tell whether another client gave an object a new name: its nuid stays, its old metadata is purged.
+
+        syncd itself announces one content under several names, and deletes with tombstones.
+        """
+        foreign = {row.nuid: row.path for row in rows if row.chunks and not row.nuid.startswith(NUID_PREFIX)}
+        for nuid in self._index.nuids(foreign):
+            here = self._index.remote(foreign[nuid])
+            if here is None or here.nuid != nuid:
+                return True
+        return False
 
     def _row(self, item: ObjectInfo, path: str | None = None, via: str = "") -> RemoteRow | None:
         """Read an object as a row; ``None`` where it does not take part or is refused (and reported)."""

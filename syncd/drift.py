@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import structlog
 
-from syncd.errors import SyncdError
+from syncd.errors import DiskProblem, SyncdError
 from syncd.index import LocalRow
 from syncd.model import Entry, Kind, Problem, Stat
 from syncd.problems import ProblemBook
@@ -43,7 +44,12 @@ class DriftCheck:
         for row in self._index.iter_local():
             if self.stopping:
                 return
-            disk = self._mirror.look(row.path)
+            try:
+                disk = self._mirror.look(row.path)
+            except DiskProblem as error:  # below a directory that we may not search: unknown, not gone
+                self.problems.note(Problem(row.path, "unreadable", error.message))
+                self.held[row.path] = None
+                continue
             if disk is not None and _unchanged(row, disk):
                 continue
             if row.path in held and held[row.path] == (disk.stat if disk else None):
@@ -98,7 +104,8 @@ def _unchanged(row: LocalRow, disk: Disk) -> bool:
     if disk.kind is not row.entry.kind:
         return False
     if disk.kind is Kind.FILE:
-        return disk.stat == row.stat and disk.mode == row.entry.mode
+        # Not the device number: it may be another one after a reboot.
+        return disk.mode == row.entry.mode and replace(disk.stat, dev=row.stat.dev) == row.stat
     if disk.kind is Kind.SYMLINK:
         return disk.target == row.entry.target and disk.stat.mtime_ns == row.entry.mtime_ns
     return disk.mode == row.entry.mode and disk.stat.mtime_ns == row.entry.mtime_ns

@@ -91,7 +91,10 @@ class Fetcher:
 
     def _adopt(self, path: str, want: Entry) -> LocalRow | None:
         """Recognise by digest a file that is there already (lost state, or copied there by hand)."""
-        disk = self._mirror.look(path)
+        try:
+            disk = self._mirror.look(path)
+        except DiskProblem:
+            return None  # the commit finds the same and reports it
         if disk is None or disk.kind is not Kind.FILE or disk.stat.size != want.size:
             return None
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from syncd.index import Index, RemoteRow
     from syncd.rules import Rules
     from syncd.service import FolderThread
-    from syncd.store.base import Bucket, ObjectInfo, Store
+    from syncd.store.base import Bucket, BucketState, ObjectInfo, Store
 
 log = structlog.get_logger()
 
@@ -87,19 +87,44 @@ class Holdings:
 
         :raises FolderTaken: another publisher wrote to it since we began.
         """
-        try:
-            state = await self._bucket.state()
-        except BucketNotFound:
-            state = await self._store.create_bucket(self._options.folder, self._options.bucket)
-            self._log.info("bucket_created", bucket=self._options.folder)
+        state = await self._state()
         if state.sealed:
             raise BucketSealed(
                 f"bucket {self._options.folder!r} is sealed",
                 hint="publish to another folder name, or delete the bucket",
             )
         position = await self._thread.run(lambda: self._position(state.created, state.last_seq))
-        async for page in self._bucket.changes(position):
-            other = await self._thread.run(partial(self._remember_page, page.items, page.last_seq))
+        if self._clock() < self._next_audit:
+            await self._read(position, after=position)
+        if self._clock() >= self._next_audit:  # the timer, or what was just read
+            await self._thread.run(self._index.begin_listing)
+            await self._read(0, after=position)
+            await self._thread.run(self._index.drop_unlisted)
+            await self._audit()
+        self._began = True
+
+    async def _state(self) -> BucketState:
+        try:
+            state = await self._bucket.state()
+        except BucketNotFound:
+            state = await self._store.create_bucket(self._options.folder, self._options.bucket)
+            self._log.info("bucket_created", bucket=self._options.folder)
+            return state
+        if not self._began and not state.sealed:
+            # Made by another client, or by an older version: add what it lacks, where we may.
+            state = await self._store.create_bucket(self._options.folder, self._options.bucket)
+        return state
+
+    async def _read(self, begin: int, *, after: int) -> None:
+        """Read metas from ``begin`` (0: all of them) into the index.
+
+        :param after: where the last catch-up ended: only what is newer tells of another publisher at work.
+        :raises FolderTaken: another publisher wrote since we began.
+        """
+        async for page in self._bucket.changes(begin):
+            other = await self._thread.run(
+                partial(self._remember_page, page.items, page.last_seq, after=after, listed=begin == 0)
+            )
             self.wrote(page.last_seq)
             if other and self._began:
                 raise FolderTaken(
@@ -108,9 +133,6 @@ class Holdings:
                 )
             if other:
                 self._log.warning("publisher_changed", before=other)
-        self._began = True
-        if self._clock() >= self._next_audit:
-            await self._audit()
 
     def _position(self, created: str, last_seq: int) -> int:
         """Return the sequence to catch up from; 0, and an empty memory, where the bucket is another one."""
@@ -127,8 +149,8 @@ class Holdings:
         self._next_audit = 0.0
         return 0
 
-    def _remember_page(self, items: Iterable[ObjectInfo | BadMeta], last_seq: int) -> str:
-        """Store one page of metas; return another publisher's identity if one wrote any of them."""
+    def _remember_page(self, items: Iterable[ObjectInfo | BadMeta], last_seq: int, *, after: int, listed: bool) -> str:
+        """Store one page of metas; return another publisher's identity if one wrote any newer than ``after``."""
         rows: list[RemoteRow] = []
         gone: list[str] = []
         other = ""
@@ -136,8 +158,10 @@ class Holdings:
             if isinstance(item, BadMeta) or not is_usable(item.name):
                 continue  # no path of a source can be called so: not ours, and not in our way
             who = item.metadata.get(PUBLISHER, "")
-            if who and who != self._options.publisher:
+            if who and who != self._options.publisher and item.seq > after:
                 other = who
+            if not listed and self._leaves_doubt(item):
+                self._next_audit = 0.0
             if item.deleted or item.link is not None:
                 gone.append(item.name)
                 continue
@@ -147,9 +171,22 @@ class Holdings:
                 gone.append(item.name)  # an object that we would not have written: ours goes over it
         with self._index.transaction():
             self._index.drop_remote(gone)
-            self._index.put_remote(rows)
+            self._index.put_remote(rows, listed=listed)
             self._index.set_note("position", str(last_seq))
         return other
+
+    def _leaves_doubt(self, item: ObjectInfo) -> bool:
+        """Tell whether another client did what the metas that changed do not tell.
+
+        One that overwrites or deletes an object purges its chunks, though other names may share them; one that renames
+        an object gives its nuid a second name and purges the first one's metadata without a tombstone.
+        """
+        row = self._index.remote(item.name)
+        if row is not None and row.nuid == item.nuid and not item.deleted:
+            return False
+        replaced = row is not None and bool(row.publisher) and row.chunks > 0
+        renamed = not item.deleted and item.chunks > 0 and bool(self._index.nuids([item.nuid]))
+        return replaced or renamed
 
     async def _audit(self) -> None:
         """Find chunks that nothing announces (freed later), and announcements whose chunks are gone (put again)."""

@@ -57,7 +57,7 @@ async def open_store(settings: Settings) -> AsyncIterator[tuple[Store, Connectio
 
 def absolute(path: Path) -> Path:
     """Return a path from the working directory as the settings write paths."""
-    return Path(os.path.abspath(path))
+    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow symlinks
 
 
 def _keeper(role: str, folder: str, path: Path) -> StatusKeeper:

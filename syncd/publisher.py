@@ -37,6 +37,7 @@ from syncd.paths import printable
 from syncd.plan import PublishAction, publish_action, publish_halt
 from syncd.progress import Meter, Progress
 from syncd.retry import backoff, is_transient
+from syncd.rules import IGNORE_FILE
 from syncd.scan import Scanner, Unreadable
 from syncd.service import FolderThread, keep_rounds
 from syncd.source import LOOK_LIMIT, ScanStopped, Source
@@ -61,6 +62,8 @@ DELETE_PAGE = 1000
 PUSH_RETRIES = 5
 HALT_WINDOW_SECONDS = 600.0
 """Deletes are judged against the most paths published within this time: ``rm -r`` arrives in pieces."""
+EVERYWHERE = frozenset({"", IGNORE_FILE})
+"""Hinted paths that change the verdict on all others."""
 HINT_GRACE_SECONDS = 0.5
 """A notification of our own write can overtake its acknowledgement by this much."""
 
@@ -165,6 +168,7 @@ class Publisher:
                     lambda result: self._finish_round(result, agenda),
                     status=self._status,
                     allowance=self._allowance,
+                    broken=lambda: self._index.broken,
                     rescan=self._options.rescan_seconds,
                     log=self._log,
                 )
@@ -282,7 +286,7 @@ class Publisher:
 
     async def _scan(self, paths: frozenset[str] | None) -> Collection[str] | None:
         """Bring the index up to the disk; return the paths to compare with the bucket, ``None`` for all."""
-        if paths is None or len(paths) > LOOK_LIMIT or "" in paths:
+        if paths is None or len(paths) > LOOK_LIMIT or not paths.isdisjoint(EVERYWHERE):
             started = time.monotonic()
             await self._thread.run(self._source.scan)
             self._full_seconds = time.monotonic() - started

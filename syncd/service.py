@@ -43,6 +43,7 @@ async def keep_rounds(
     *,
     status: StatusKeeper,
     allowance: Allowance,
+    broken: Callable[[], bool],
     rescan: float,
     log: Any,
 ) -> None:
@@ -52,8 +53,10 @@ async def keep_rounds(
 
     :param round_: gets the due paths (``None``: everything) and whether a person allowed a held plan.
     :param finish: gets the result of a round that went through.
+    :param broken: tells whether the index was found damaged: then the service must be begun anew.
     :param rescan: seconds to wait after a failure that trying again does not mend.
     :raises FolderTaken: somebody else publishes this folder.
+    :raises DiskProblem: the index is damaged and set aside.
     """
     waits = backoff()
     failing = ""
@@ -72,6 +75,8 @@ async def keep_rounds(
         except FolderTaken:
             raise
         except SyncdError as error:
+            if broken():
+                raise
             waiting = is_transient(error)
             state = FolderState.WAITING if waiting else FolderState.FAILED
             status.set(state=state, error=error.message, hint=error.hint)

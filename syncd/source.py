@@ -11,6 +11,7 @@ from syncd.index import LocalRow
 from syncd.model import Entry, Kind, Problem, Stat
 from syncd.paths import ancestors, is_private, parent
 from syncd.problems import ProblemBook
+from syncd.rules import IGNORE_FILE
 from syncd.scan import Found, Scanner
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class Source:
         self.scanner.check_root()
         touched: set[str] = set()
         hinted = {path for path in paths if path and not is_private(path)}
+        # Another .syncdignore is another verdict on everything beside and below it.
+        hinted |= {parent(path) for path in hinted if path.endswith("/" + IGNORE_FILE)}
         wanted = set(hinted)
         for path in hinted:
             # A new directory whose own event was lost, and the parent, whose time changed.

@@ -150,6 +150,7 @@ class Subscriber:
                     lambda result: self._finish_round(result, agenda),
                     status=self._status,
                     allowance=self._allowance,
+                    broken=lambda: self._index.broken,
                     rescan=self._options.rescan_seconds,
                     log=self._log,
                 )
@@ -177,7 +178,7 @@ class Subscriber:
         def opened() -> list[Placed]:
             options = self._options
             self._index = Index(self._index_file)
-            self._mirror = Mirror.open(options.path)
+            self._mirror = Mirror.open(options.path, owner=options.owner)
             self._announced = Announced(self._store, self._bucket, self._index, options.rules, self._thread)
             self._drift = DriftCheck(self._mirror, self._index, options.drift, options.folder)
             self._fetcher = Fetcher(self._store, self._index, self._mirror, self._thread)
@@ -238,7 +239,7 @@ class Subscriber:
         """
         started = time.monotonic()
         hinted, self._hinted = self._hinted, 0
-        listing = full and started >= self._list_at
+        listing = full and (started >= self._list_at or self._announced.listing_wanted)
         touched = await self._announced.catch_up(full=listing, hinted=hinted)
         if full:
             await self._thread.run(self._drift.check)

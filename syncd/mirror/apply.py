@@ -31,6 +31,7 @@ from syncd.mirror.root import (
     PathRefused,
     change_mode,
     change_mtime,
+    change_owner,
     disk_problem,
     hash_fd,
     kind_of,
@@ -306,6 +307,7 @@ class Apply:
                 raise
             fd = self._dirs.open(path)
         found = os.fstat(fd)
+        change_owner(fd, found, self._stage.owner)
         mode = meta.mode & MODE_BITS if meta is not None else DEFAULT_DIR_MODE
         if stat.S_IMODE(found.st_mode) != mode:
             change_mode(fd, mode)
@@ -439,8 +441,9 @@ class Apply:
                     raise
                 after = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             else:
+                change_owner(fd, now, self._stage.owner)
                 mode = step.entry.mode & MODE_BITS
-                if stat.S_IMODE(now.st_mode) != mode:
+                if stat.S_IMODE(os.fstat(fd).st_mode) != mode:  # chown may have dropped set-id bits
                     change_mode(fd, mode)
                 if now.st_mtime_ns != step.entry.mtime_ns:
                     change_mtime(fd, now, step.entry.mtime_ns)

@@ -227,7 +227,7 @@ class JournalFile:
             log.warning("journal_torn", reason=str(exc))
             self.remove()
         except ForeignJournalError as exc:
-            log.error("journal_refused", reason=str(exc), kept_as=REFUSED)  # noqa: TRY400 - an event, not a traceback
+            log.error("journal_refused", reason=str(exc), kept_as=REFUSED)
             try:
                 os.rename(JOURNAL, REFUSED, src_dir_fd=self._dir, dst_dir_fd=self._dir)
             except OSError as error:

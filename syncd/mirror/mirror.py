@@ -69,21 +69,31 @@ def sync_filesystem(fd: int) -> None:
 class Mirror:
     """The only writer of one mirror: holds its root by descriptor and its lock by flock. Thread-confined, blocking."""
 
-    def __init__(self, root: Path, root_fd: int, private_fd: int, lock_fd: int, stage_fd: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        root_fd: int,
+        private_fd: int,
+        lock_fd: int,
+        stage_fd: int,
+        *,
+        owner: tuple[int, int] | None = None,
+    ) -> None:
         """Take over open descriptors; see :meth:`open`."""
         self.root = root
         self._fds = [lock_fd, stage_fd, private_fd, root_fd]
         self._root_fd = root_fd
         self._private_fd = private_fd
         self._view = View(root, root_fd)
-        self._stage = Stage(stage_fd)
+        self._stage = Stage(stage_fd, owner)
         self._journal = JournalFile(private_fd)
 
     @classmethod
-    def open(cls, root: Path, *, create: bool = True) -> Mirror:
+    def open(cls, root: Path, *, create: bool = True, owner: tuple[int, int] | None = None) -> Mirror:
         """Open a mirror, make its private directory and take its lock.
 
         :param create: make the root directory, with its parents, where it is missing.
+        :param owner: user and group id of everything that is put into the mirror, see :class:`Stage`.
         :raises Locked: another process holds the mirror; the message names its pid.
         :raises DiskProblem: no such directory, not writable, or a ``.syncd`` that cannot be trusted.
         """
@@ -100,7 +110,7 @@ class Mirror:
             lock_fd = _lock(private_fd, root)
             undo.callback(os.close, lock_fd)
             stage_fd = _open_private(private_fd, _STAGE, root)
-            mirror = cls(root, root_fd, private_fd, lock_fd, stage_fd)
+            mirror = cls(root, root_fd, private_fd, lock_fd, stage_fd, owner=owner)
             undo.pop_all()
             return mirror
 

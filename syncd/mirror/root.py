@@ -122,6 +122,24 @@ def hash_fd(fd: int, *, sha256: bool = False) -> tuple[str, str, int]:
     return strong.hexdigest(), standard.hexdigest() if sha256 else "", offset
 
 
+def change_owner(fd: int, found: os.stat_result, owner: tuple[int, int] | None) -> None:
+    """Give an open file or directory to a user and group (-1: as it is), before its mode: chown drops set-id bits.
+
+    :raises OSError: the kernel refuses; only root (CAP_CHOWN) may give files away.
+    """
+    if owner is None:
+        return
+    uid, gid = owner
+    if uid in {-1, found.st_uid} and gid in {-1, found.st_gid}:
+        return
+    try:
+        os.fchown(fd, uid, gid)
+    except OSError as exc:
+        if exc.errno != errno.EBADF:
+            raise
+        os.chown(f"/proc/self/fd/{fd}", uid, gid)  # opened with O_PATH
+
+
 def change_mode(fd: int, mode: int) -> None:
     """Do fchmod(2), also on a descriptor opened with O_PATH (for what we own but may not read)."""
     try:

@@ -24,7 +24,7 @@ from blake3 import blake3
 
 from syncd.crashpoints import crash_point
 from syncd.errors import BadName, DiskProblem, FileChanged, ObjectCorrupt, SyncdError
-from syncd.mirror.root import BLOCK, disk_problem, hash_fd
+from syncd.mirror.root import BLOCK, change_owner, disk_problem, hash_fd
 from syncd.model import MODE_BITS, Kind
 from syncd.paths import printable
 
@@ -48,8 +48,9 @@ def _write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _finish_meta(fd: int, entry: Entry) -> None:
-    """Set mode and mtime of a staged file."""
+def _finish_meta(fd: int, entry: Entry, owner: tuple[int, int] | None) -> None:
+    """Set owner, mode and mtime of a staged file: it is never visible with other ones."""
+    change_owner(fd, os.fstat(fd), owner)
     mode = entry.mode & MODE_BITS
     os.fchmod(fd, mode)  # write(2) drops set-id bits, so this comes after the last one
     try:
@@ -61,10 +62,14 @@ def _finish_meta(fd: int, entry: Entry) -> None:
 
 
 class Stage:
-    """The staging directory, by descriptor. Names it hands out start with an id of this run."""
+    """The staging directory, by descriptor. Names it hands out start with an id of this run.
 
-    def __init__(self, fd: int) -> None:
+    :param owner: user and group id that staged content gets, -1: as it is; ``None``: whoever runs this.
+    """
+
+    def __init__(self, fd: int, owner: tuple[int, int] | None = None) -> None:
         self.fd = fd
+        self.owner = owner
         self._run = secrets.token_hex(4)
         self._numbers = itertools.count()
 
@@ -132,7 +137,7 @@ class Stage:
             try:
                 crash_point("stage_write")
                 fill(fd)
-                _finish_meta(fd, entry)
+                _finish_meta(fd, entry, self.owner)
             except BaseException:
                 self.give_up(name)
                 raise
@@ -152,6 +157,8 @@ class Stage:
         try:
             os.symlink(entry.target, name, dir_fd=self.fd)
             try:
+                if self.owner is not None:
+                    os.chown(name, *self.owner, dir_fd=self.fd, follow_symlinks=False)
                 os.utime(name, ns=(time.time_ns(), entry.mtime_ns), dir_fd=self.fd, follow_symlinks=False)
             except OverflowError:
                 self.give_up(name)
@@ -270,7 +277,7 @@ class Staged:
         """
         try:
             self._verify()
-            _finish_meta(self._fd, self._entry)
+            _finish_meta(self._fd, self._entry, self._stage.owner)
         except OSError as exc:
             self.discard()
             raise disk_problem(exc, "cannot finish staged content") from exc

@@ -27,7 +27,7 @@ from syncd.errors import (
 from syncd.retry import backoff
 from syncd.store import wire
 from syncd.store.base import BucketSpec, BucketState
-from syncd.store.connection import Connection, NoResponders
+from syncd.store.connection import Connection, NoResponders, check_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +42,7 @@ _FULL: Final = frozenset({10077, 10047, 10023, 10122})
 _CONFLICT: Final = frozenset({10071, 10070, 10164})
 _SEALED: Final = frozenset({10109})
 _NOT_FOUND: Final = frozenset({10059})
+_BUSY: Final = frozenset({10158})  # a message of this id is being stored at this moment (clusters)
 _NO_JETSTREAM: Final = frozenset({10039, 10076})
 TTL_DISABLED: Final = 10166
 ATOMIC_DISABLED: Final = 10174
@@ -80,7 +81,7 @@ def api_error(error: object, doing: str) -> SyncdError:
         return BucketNotFound(f"{doing}: the bucket does not exist")
     if code in _NO_JETSTREAM:
         return NoJetStream(f"{doing}: {text}")
-    if status in {429, 503}:
+    if status in {429, 503} or code in _BUSY:
         return Busy(f"{doing}: {text}")
     return ApiError(f"{doing}: {text} (code {code})", code if isinstance(code, int) else 0)
 
@@ -144,7 +145,9 @@ class Api:
         By the API, or, in an account without JetStream, by the import mapping ``syncd.<bucket>.info``.
 
         :raises BucketNotFound: there is none.
+        :raises Unavailable: the server is older than this version needs.
         """
+        check_version(await self.conn.server_version(), self.conn.host)
         direct = f"{self.conn.api}.STREAM.INFO.{wire.stream_of(bucket)}"
         mapped = f"syncd.{bucket}.info"
         order = [mapped, direct] if bucket in self._mapped else [direct, mapped]

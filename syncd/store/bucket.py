@@ -66,7 +66,7 @@ from syncd.store.base import (
 from syncd.store.connection import Connection, NoResponders
 from syncd.store.content import Hashes, Meter, check_readable, check_small, describe, in_thread
 from syncd.store.hints import open_hints
-from syncd.store.transport import CHUNK_SILENCE_SECONDS, META_SILENCE_SECONDS, End, Outgoing, Transport
+from syncd.store.transport import CHUNK_SILENCE_SECONDS, META_SILENCE_SECONDS, End, Transport
 from syncd.store.upload import Upload
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from nats.aio.msg import Msg
+
+    from syncd.store.lanes import Outgoing
 
 log = structlog.get_logger()
 

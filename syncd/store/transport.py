@@ -17,7 +17,7 @@ import asyncio
 import itertools
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import nats.errors
@@ -26,15 +26,16 @@ from syncd.errors import BadName, BucketNotFound, NotPermitted, StoreRejected, S
 from syncd.retry import backoff
 from syncd.store.api import REQUEST_SECONDS, Busy, header_int, read_json
 from syncd.store.connection import MAX_CONTROL_LINE, Connection, NoResponders, as_syncd_error, send
+from syncd.store.lanes import Due, Lane, Outgoing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
 MIN_WINDOW: Final = 160 * 1024
-START_WINDOW: Final = 512 * 1024
+START_WINDOW: Final = MIN_WINDOW
 MAX_WINDOW: Final = 16 * 1024 * 1024
 MIN_PAGE: Final = 128 * 1024
 MAX_PAGE: Final = 8 * 1024 * 1024
@@ -46,11 +47,6 @@ SLOW_SECONDS: Final = 3.0
 """An acknowledgement (or a page) that takes less makes the window grow, one that takes more makes it shrink."""
 
 TICK_SECONDS: Final = 0.25
-PROBE_SECONDS: Final = 0.25
-RESEND_SECONDS: Final = 12.0
-SILENCE_SECONDS: Final = 30.0
-NO_RESPONDERS_SECONDS: Final = 40.0
-"""A cluster elects a leader in some 5 s; meanwhile nobody answers on the stream's subjects."""
 OFFLINE_SECONDS: Final = 60.0
 META_SILENCE_SECONDS: Final = 5.0
 CHUNK_SILENCE_SECONDS: Final = 20.0
@@ -103,44 +99,6 @@ class Window:
         self.limit = max(MIN_WINDOW, self.limit // 2)
 
 
-@dataclass(slots=True, eq=False)
-class Outgoing:
-    """One message on its way; :attr:`acked` becomes the stream sequence, or the error.
-
-    :ivar order: messages are sent, and sent again, in this order.
-    :ivar lane: the stream's name.
-    :ivar again: it may be sent a second time without knowing what became of the first: the server drops the double
-        by its ``Nats-Msg-Id``, or refuses it by the sequence it expects. A batch may not.
-    :ivar head: messages without an answer of their own, sent directly before it (a batch).
-    :ivar sends: how often it was sent; above 1 a double may have been stored in spite of all.
-    """
-
-    order: int
-    subject: str
-    payload: bytes
-    headers: Mapping[str, str]
-    lane: str
-    acked: asyncio.Future[int]
-    again: bool
-    head: Sequence[tuple[str, bytes, Mapping[str, str]]]
-    size: int
-    sends: int = 0
-    first_sent: float = 0.0
-    last_sent: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Lane:
-    """The messages of one stream that were refused for the moment: held until one of them gets through."""
-
-    held: dict[int, Outgoing] = field(default_factory=dict)
-    reason: SyncdError = field(default_factory=lambda: Unavailable("refused"))
-    since: float = 0.0
-    next_probe: float = 0.0
-    open: bool = False
-    waits: Iterator[float] = field(default_factory=lambda: backoff(PROBE_SECONDS, 2.0))
-
-
 @dataclass(frozen=True, slots=True)
 class End:
     """How a page of a batched direct get ended.
@@ -178,10 +136,7 @@ class Transport:
         self._ordered = asyncio.Lock()  # held while something is sent again: nothing may overtake it
         self._minder: asyncio.Task[None] | None = None
         self._out: dict[int, Outgoing] = {}
-        self._lanes: dict[str, _Lane] = {}
-        self._heard = 0.0
-        self._resent = 0.0
-        self._newest_acked = 0
+        self._lanes: dict[str, Lane] = {}
         self._undrained = 0
         self._pages: dict[int, _PageWait] = {}
         self._watches: dict[str, Callable[[], None]] = {}
@@ -217,6 +172,8 @@ class Transport:
             if self._client is not None and self._out:
                 self.writing.shrink()
             self._client, self._epoch, self._inbox = client, epoch, inbox
+            for lane in self._lanes.values():
+                lane.heard(asyncio.get_running_loop().time())
             await self._send_again(client, list(self._out.values()))
             return client
 
@@ -263,9 +220,8 @@ class Transport:
 
     def _mind(self) -> None:
         if self._minder is None or self._minder.done():
-            loop = asyncio.get_running_loop()
-            self._heard = self._resent = loop.time()
-            self._minder = loop.create_task(self._mind_all(), name="store-transport")
+            self._undrained = 0
+            self._minder = asyncio.get_running_loop().create_task(self._mind_all(), name="store-transport")
 
     async def _mind_all(self) -> None:
         """Notice reconnects, silence and refusals, as long as anything waits."""
@@ -279,14 +235,15 @@ class Transport:
                     await self._come_back()
                 continue
             now = loop.time()
-            self._mind_pages(now)
+            for page in list(self._pages.values()):
+                if now - page.heard > page.silence and not page.done.done():
+                    page.done.set_exception(StoreTimeout(f"{page.subject}: silent for {page.silence:g} s"))
             waiting = client.pending_data_size
-            if waiting < self._undrained:  # our buffer drains: a sign of life on a slow link
-                self._heard = now
-            self._undrained = waiting
             for name, lane in list(self._lanes.items()):
-                await self._mind_lane(client, name, lane, now)
-            await self._mind_silence(client, now)
+                if waiting < self._undrained:
+                    lane.heard(now)
+                await self._mind_lane(client, name, lane.due(now, drained=not waiting))
+            self._undrained = waiting
 
     async def _come_back(self) -> None:
         try:
@@ -294,45 +251,33 @@ class Transport:
         except SyncdError as error:
             for out in list(self._out.values()):
                 self._fail(out, error)
-        self._heard = self._resent = asyncio.get_running_loop().time()
 
-    def _mind_pages(self, now: float) -> None:
-        for page in list(self._pages.values()):
-            if now - page.heard > page.silence and not page.done.done():
-                page.done.set_exception(StoreTimeout(f"{page.subject}: silent for {page.silence:g} s"))
-
-    async def _mind_silence(self, client: Client, now: float) -> None:
-        """Send again what should have been acknowledged long ago; give up when nothing is heard at all."""
-        flying = [out for out in self._out.values() if not self._is_held(out)]
-        if not flying:
-            self._heard = now
+    async def _mind_lane(self, client: Client, name: str, due: Due) -> None:
+        for out, error in due.fail:
+            self._fail(out, error)
+        if due.ask and await self._is_gone(name):
+            for out in list(self._lanes[name].out.values()):
+                self._fail(out, BucketNotFound(f"bucket {name.removeprefix('OBJ_')!r} does not exist"))
             return
-        quiet = now - max(self._heard, min(out.first_sent for out in flying))
-        if quiet > SILENCE_SECONDS:
-            for out in flying:
-                self._fail(out, StoreTimeout(f"no acknowledgement for {SILENCE_SECONDS:g} s"))
-            return
-        late = [
-            out
-            for out in flying
-            if now - out.last_sent > RESEND_SECONDS and (quiet > RESEND_SECONDS or out.order < self._newest_acked)
-        ]
-        for out in late:
-            if not out.again and now - out.last_sent > SILENCE_SECONDS:
-                self._fail(out, StoreTimeout("the acknowledgement was lost"))
-        again = [out for out in late if out.again]
-        if again and now - self._resent > RESEND_SECONDS and not client.pending_data_size:
-            self._resent = now
-            await self._send_again_in_order(client, again)
+        if due.send:
+            async with self._ordered:
+                if client is self._client:
+                    await self._send_again(client, due.send)
 
-    async def _send_again_in_order(self, client: Client, outs: list[Outgoing]) -> None:
-        async with self._ordered:
-            if client is self._client:
-                await self._send_again(client, outs)
+    async def _is_gone(self, stream: str) -> bool:
+        """Tell whether the server says that there is no such stream; where we may not ask, it does not."""
+        try:
+            answer = await self.conn.request(f"{self.conn.api}.STREAM.INFO.{stream}", max_seconds=2)
+            read_json(answer.data, "stream info")
+        except BucketNotFound:
+            return True
+        except SyncdError:
+            return False
+        return False
 
-    async def _send_again(self, client: Client, outs: list[Outgoing]) -> None:
-        for out in sorted(outs, key=lambda item: item.order):
-            if self._out.get(out.order) is not out or self._is_held(out):
+    async def _send_again(self, client: Client, outs: Sequence[Outgoing]) -> None:
+        for out in outs:
+            if self._out.get(out.order) is not out or out.order in self._lanes[out.lane].held:
                 continue
             if out.again:
                 await self._send(client, out)
@@ -375,9 +320,7 @@ class Transport:
         out.first_sent = loop.time()
         self._out[out.order] = out
         self._mind()
-        held = self._lanes.get(lane)
-        if held is not None and again:
-            held.held[out.order] = out
+        if not self._lanes.setdefault(lane, Lane()).add(out):
             return out
         try:
             await self._send(client, out)
@@ -397,7 +340,7 @@ class Transport:
     def forget(self, out: Outgoing) -> None:
         """Stop waiting for a message; it may still be stored."""
         if self._out.pop(out.order, None) is not None:
-            self._unhold(out)
+            self._lanes[out.lane].remove(out)
             self.writing.give(out.size)
             out.acked.cancel()
 
@@ -421,7 +364,6 @@ class Transport:
         if found is not None:
             self._succeed(out, int(found[1]))
             return
-        self._heard = asyncio.get_running_loop().time()
         doing = "publish"
         if message.headers and message.headers.get("Status") == _NO_RESPONDERS:
             error: SyncdError = NoResponders(f"{doing}: nobody answers on {out.subject[:80]}")
@@ -436,92 +378,27 @@ class Transport:
                     self._succeed(out, seq)
                     return
         if out.again and isinstance(error, NoResponders | Busy):
-            self._hold(out, error)
+            self._lanes[out.lane].refuse(out, error, asyncio.get_running_loop().time())
         else:
             self._fail(out, error)
 
     def _succeed(self, out: Outgoing, seq: int) -> None:
-        now = self._heard = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
         del self._out[out.order]
-        self._newest_acked = max(self._newest_acked, out.order)
+        self._lanes[out.lane].acknowledge(out, now)
         self.writing.give(out.size)
         self.writing.learn(out.size, now - out.last_sent, now)
-        self._unhold(out)
-        lane = self._lanes.get(out.lane)
-        if lane is not None:
-            lane.open = True
         if not out.acked.done():
             out.acked.set_result(seq)
 
     def _fail(self, out: Outgoing, error: SyncdError) -> None:
         if self._out.pop(out.order, None) is None:
             return
+        self._lanes[out.lane].remove(out)
         self.writing.give(out.size)
-        self._unhold(out)
         if not out.acked.done():
             out.acked.set_exception(error)
             out.acked.exception()  # counts as seen: its caller may have been cancelled
-
-    # -- refused for the moment: no leader, or busy ---------------------------------------------------------------
-
-    def _is_held(self, out: Outgoing) -> bool:
-        lane = self._lanes.get(out.lane)
-        return lane is not None and out.order in lane.held
-
-    def _hold(self, out: Outgoing, reason: SyncdError) -> None:
-        lane = self._lanes.get(out.lane)
-        now = asyncio.get_running_loop().time()
-        if lane is None:
-            lane = self._lanes[out.lane] = _Lane(since=now, next_probe=now + PROBE_SECONDS)
-        lane.held[out.order] = out
-        lane.reason = reason
-        lane.open = False
-
-    def _unhold(self, out: Outgoing) -> None:
-        lane = self._lanes.get(out.lane)
-        if lane is not None:
-            lane.held.pop(out.order, None)
-            if not lane.held and not any(other.lane == out.lane for other in self._out.values()):
-                del self._lanes[out.lane]
-
-    async def _mind_lane(self, client: Client, name: str, lane: _Lane, now: float) -> None:
-        """Send the oldest of the held messages as a probe; when one got through, all, in order.
-
-        Sending all of them at once could store a later one before an earlier one while a leader is being elected.
-        """
-        if lane.open:
-            del self._lanes[name]
-            await self._send_again_in_order(client, list(lane.held.values()))
-            return
-        if now - lane.since > NO_RESPONDERS_SECONDS:
-            for out in list(lane.held.values()):
-                self._fail(out, lane.reason)
-            return
-        if (
-            not lane.held
-            or now < lane.next_probe
-            or any(out.lane == name and out.order not in lane.held for out in self._out.values())
-        ):
-            return
-        lane.next_probe = now + next(lane.waits)
-        if isinstance(lane.reason, NoResponders) and await self._is_gone(name):
-            for out in list(lane.held.values()):
-                self._fail(out, BucketNotFound(f"bucket {name.removeprefix('OBJ_')!r} does not exist"))
-            return
-        if lane.held:
-            probe = lane.held.pop(min(lane.held))
-            await self._send_again_in_order(client, [probe])
-
-    async def _is_gone(self, stream: str) -> bool:
-        """Tell whether the server says that there is no such stream; where we may not ask, it does not."""
-        try:
-            answer = await self.conn.request(f"{self.conn.api}.STREAM.INFO.{stream}", max_seconds=2)
-            read_json(answer.data, "stream info")
-        except BucketNotFound:
-            return True
-        except SyncdError:
-            return False
-        return False
 
     # -- batched direct gets --------------------------------------------------------------------------------------
 

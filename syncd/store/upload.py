@@ -18,7 +18,8 @@ from syncd.store.content import Hashes, in_thread
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from syncd.store.transport import Outgoing, Transport
+    from syncd.store.lanes import Outgoing
+    from syncd.store.transport import Transport
 
 UPLOAD_BLOCK: Final = 16 * CHUNK_SIZE
 

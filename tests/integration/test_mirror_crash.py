@@ -131,6 +131,7 @@ def test_killed_after_the_commit_point_the_batch_is_completed(prepared: Prepared
         assert prepared.fresh == []
 
 
+@pytest.mark.slow
 @pytest.mark.fault("C1")
 def test_killed_after_any_step_the_batch_is_completed(prepared: Prepared) -> None:
     """Each step in turn; and a process that is killed again while it recovers is completed by the third."""

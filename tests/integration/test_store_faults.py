@@ -19,6 +19,7 @@ from syncd.errors import (
     Unavailable,
 )
 from syncd.store import hints as hints_module
+from syncd.store import lanes as lanes_module
 from syncd.store import transport as transport_module
 from syncd.store.base import CHUNK_SIZE, EMPTY, BucketSpec, ObjectInfo, ObjectMeta
 from syncd.store.bucket import NatsStore
@@ -378,7 +379,7 @@ async def test_a_server_that_stays_frozen_ends_every_call(
     nats_server: NatsServer, bucket: NatsBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Silence is bounded, for writes and for reads."""
-    monkeypatch.setattr(transport_module, "SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr(lanes_module, "SILENCE_SECONDS", 2.0)
     monkeypatch.setattr(transport_module, "PAGE_TRIES", 1)
     await put(bucket, "f", content(1000))
     info = await bucket.get_info("f")
@@ -456,7 +457,7 @@ def lose_answers(monkeypatch: pytest.MonkeyPatch, bucket: NatsBucket, count: int
             original(out, message)
 
     monkeypatch.setattr(transport, "_on_ack", on_ack)
-    monkeypatch.setattr(transport_module, "RESEND_SECONDS", 0.5)
+    monkeypatch.setattr(lanes_module, "RESEND_SECONDS", 0.5)
     return lost
 
 
@@ -478,7 +479,7 @@ async def test_a_lost_acknowledgement_of_a_batch_is_resolved(
 ) -> None:
     """The batch is not sent again: reading back shows what became of it."""
     await put(bucket, "other", b"x")
-    monkeypatch.setattr(transport_module, "SILENCE_SECONDS", 1.5)
+    monkeypatch.setattr(lanes_module, "SILENCE_SECONDS", 1.5)
     lose_answers(monkeypatch, bucket, 1)
     before = await bucket.state()
     results = await bucket.put_many([small(f"s/{number}", b"x%d" % number, expected=0) for number in range(50)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import watchfiles
+from structlog.testing import capture_logs
 
 from syncd import watch
 from syncd.watch import MAX_PENDING, PathHints, PathWatcher, around_unreadable, is_limit, relative_paths
@@ -369,7 +369,7 @@ async def test_leaving_ends_the_thread_without_blocking_the_loop(root: Path) -> 
 
 
 def test_a_loop_that_is_closed_is_not_called(root: Path) -> None:
-    """The thread may outlive its loop: then it falls silent."""
+    """The thread may outlive its loop: then it falls silent, and ends when it is told to."""
     watcher = PathWatcher(root, on_mode=lambda mode, reason: None)
 
     async def begin() -> None:
@@ -377,15 +377,25 @@ def test_a_loop_that_is_closed_is_not_called(root: Path) -> None:
         await watcher.next(5)
 
     asyncio.run(begin())
-    (root / "f").touch()
-    began = time.monotonic()
-    while time.monotonic() - began < 0.5:
+    told: list[object] = []
+    tell = watcher._tell
+
+    def listening(*arguments: object) -> None:
+        tell(*arguments)
+        told.append(arguments)
+
+    watcher._tell = listening
+    with capture_logs() as logs:
+        (root / "f").touch()
+        deadline = time.monotonic() + DEADLINE
+        while not told and time.monotonic() < deadline:
+            watcher._thread.join(0.02)
+        assert told
         assert watcher._thread.is_alive()
-        watcher._thread.join(0.1)
-    watcher._stop.set()
-    watcher._thread.join(5)
+        watcher._stop.set()
+        watcher._thread.join(5)
     assert not watcher._thread.is_alive()
-    gc.collect()
+    assert logs == []
 
 
 def test_paths_are_made_relative_and_doubt_is_admitted() -> None:

@@ -18,20 +18,20 @@ def snapshot(root: Path, *, times: bool = True) -> dict[str, tuple[Any, ...]]:
     """Relative path -> (kind, mode, mtime_ns, content digest or link text), without ``.syncd``."""
     found: dict[str, tuple[Any, ...]] = {}
     for directory, names, files in os.walk(root):
-        here = os.path.relpath(directory, root)
-        if here == "." and ".syncd" in names:
+        here = Path(directory)
+        if here == root and ".syncd" in names:
             names.remove(".syncd")
         for name in names + files:
-            path = os.path.join(directory, name)
-            relative = os.path.normpath(os.path.join(here, name))
-            st = os.lstat(path)
+            path = here / name
+            relative = str(path.relative_to(root))
+            st = path.lstat()
             when = st.st_mtime_ns if times else None
             if stat.S_ISLNK(st.st_mode):
-                found[relative] = ("symlink", None, when, os.readlink(path))
+                found[relative] = ("symlink", None, when, str(path.readlink()))
             elif stat.S_ISDIR(st.st_mode):
                 found[relative] = ("dir", stat.S_IMODE(st.st_mode), when, None)
             else:
-                digest = hashlib.blake2b(Path(path).read_bytes()).hexdigest()
+                digest = hashlib.blake2b(path.read_bytes()).hexdigest()
                 found[relative] = ("file", stat.S_IMODE(st.st_mode), when, digest)
     return found
 

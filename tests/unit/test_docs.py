@@ -6,11 +6,11 @@ A ```console block is run if an HTML comment before it says so, and must otherwi
 
 Blocks of one session run in order, each host in a shell of its own (bash), so `export`, `$?` and `%1` work. What a
 reader has to imagine is mapped, and nothing else: `nats.example.com:4222` and `--port 4222` become a nats-server of the
-session's own (started by the session itself, or beforehand "with a server"), `/srv/` and `/var/lib/` directories of its
-own, and each host gets a state directory. config/*.toml and blocks after `<!-- file: NAME -->` lie in the working
-directory, mapped likewise. Output must be what the block claims, but for blanks and "3s ago"; a line `...` stands for
-any lines. Commands that only look are asked again for a while: their reader would wait a moment, too. Every job that
-is left runs into SIGTERM at the end, and syncd must answer with exit code 0.
+session's own (started by the session itself, or beforehand "with a server"), `/srv/` and `/var/lib/` directories of
+its own, each host gets a state directory, and terminals are 200 columns wide. config/*.toml and blocks after
+`<!-- file: NAME -->` lie in the working directory, mapped likewise. Output must be what the block claims, but for
+blanks and "3s ago"; a line `...` stands for any lines. Commands that only look are asked again for a while: their
+reader would wait a moment, too. Every job that is left runs into SIGTERM at the end, and syncd must answer with 0.
 """
 
 from __future__ import annotations

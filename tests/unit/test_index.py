@@ -48,9 +48,7 @@ def local(path: str, entry: Entry | None = None, problem: str = "") -> LocalRow:
     return LocalRow(path, entry or file(), ZERO, problem=problem)
 
 
-def remote(
-    path: str, entry: Entry | None = None, *, seq: int = 1, via: str = "", bucket: str = "b"
-) -> RemoteRow:
+def remote(path: str, entry: Entry | None = None, *, seq: int = 1, via: str = "", bucket: str = "b") -> RemoteRow:
     return RemoteRow(path, entry or file(), bucket, path, f"syncd-{path}", 1, 131072, seq, "me", via)
 
 
@@ -65,9 +63,7 @@ def test_a_row_comes_back_as_it_was_written(index: Index) -> None:
     """Every field survives, also negative times, 64-bit inode numbers and texts that are not digests."""
     entry = Entry(Kind.FILE, 0o4755, -5, 1 << 40, digest("a"), digest("b"))
     row = LocalRow("d/ü\n\\x", entry, Stat(1 << 40, -5, 7, (1 << 64) - 2, (1 << 63) + 9), 123, "unreadable")
-    odd = RemoteRow(
-        "o", replace(entry, digest="DEADBEEF" * 8, sha256="?"), "b", "o", "n", 3, 9, 1 << 60, "p", "v"
-    )
+    odd = RemoteRow("o", replace(entry, digest="DEADBEEF" * 8, sha256="?"), "b", "o", "n", 3, 9, 1 << 60, "p", "v")
     index.put_local([row, local("l", link("../ü"))])
     index.put_remote([odd])
     assert index.local(row.path) == row
@@ -272,9 +268,7 @@ SHA_ONLY = Entry(Kind.FILE, 0o644, 1, 1, "", digest("x"))
         pytest.param(replace(file(), sha256=digest("x")), SHA_ONLY, False, id="equal by sha256 alone"),
         pytest.param(replace(file(), sha256=digest("y")), SHA_ONLY, True, id="other sha256"),
         pytest.param(file(), SHA_ONLY, True, id="no digest in common"),
-        pytest.param(
-            replace(file(), digest=""), replace(file(), digest=""), True, id="nothing known of content"
-        ),
+        pytest.param(replace(file(), digest=""), replace(file(), digest=""), True, id="nothing known of content"),
         pytest.param(folder(), folder(), False, id="equal directories"),
         pytest.param(folder(), folder(0o700), True, id="directory mode"),
         pytest.param(link("a"), link("a", mode=0o600), False, id="a symlink has no mode"),
@@ -285,9 +279,7 @@ SHA_ONLY = Entry(Kind.FILE, 0o644, 1, 1, "", digest("x"))
         pytest.param(None, file(), True, id="only there"),
     ],
 )
-def test_the_diff_is_what_the_model_says(
-    index: Index, ours: Entry | None, theirs: Entry | None, differs: bool
-) -> None:
+def test_the_diff_is_what_the_model_says(index: Index, ours: Entry | None, theirs: Entry | None, differs: bool) -> None:
     """SQL and Entry.same agree, in the whole diff and in the diff of some paths."""
     if ours:
         index.put_local([local("p", ours)])
@@ -349,20 +341,63 @@ _PATHS = st.lists(st.sampled_from(["a", "b", "a!", "é", "\x01"]), min_size=1, m
 
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(_PATHS, _ENTRIES), st.dictionaries(_PATHS, _ENTRIES))
-def test_any_two_trees_differ_where_their_entries_do(
-    ours: dict[str, Entry], theirs: dict[str, Entry]
-) -> None:
+def test_any_two_trees_differ_where_their_entries_do(ours: dict[str, Entry], theirs: dict[str, Entry]) -> None:
     """For arbitrary trees the diff equals the one written down in three lines of Python."""
     index = Index(None)
     index.put_local(local(path, entry) for path, entry in ours.items())
     index.put_remote(remote(path, entry) for path, entry in theirs.items())
     paths = sorted(ours | theirs, key=sort_key)
-    expected = [
-        path for path in paths if path not in ours or path not in theirs or not ours[path].same(theirs[path])
-    ]
+    expected = [path for path in paths if path not in ours or path not in theirs or not ours[path].same(theirs[path])]
     assert differing(index) == expected
     assert differing(index, paths) == expected
     index.close()
+
+
+def test_a_diff_can_begin_behind_a_path(index: Index) -> None:
+    """In component order, for all paths and for some."""
+    paths = ["a", "a/b", "a!", "b"]
+    index.put_local(local(path) for path in paths)
+    assert [path for path, _, _ in index.diff(after="a/b")] == ["a!", "b"]
+    assert [path for path, _, _ in index.diff(paths, after="a")] == ["a/b", "a!", "b"]
+
+
+# -- listings and links --------------------------------------------------------------------------------
+
+
+def test_what_a_listing_does_not_bring_is_forgotten(index: Index) -> None:
+    """Only of the bucket itself, and only against the listing begun last."""
+    index.put_remote([remote("gone"), remote("stays"), remote("linked", via="l")])
+    index.begin_listing()
+    index.put_remote([remote("gone")], listed=True)
+    index.begin_listing()
+    index.put_remote([remote("stays"), remote("new")], listed=True)
+    index.drop_unlisted()
+    assert [row.path for row in index.iter_remote()] == ["linked", "new", "stays"]
+    assert index.vias() == {"l"}
+
+
+def test_what_a_link_brings_is_replaced_as_a_whole(index: Index) -> None:
+    """Objects of the bucket itself go before; the paths of before and after are told."""
+    index.put_remote([remote("own"), remote("l/old", via="l"), remote("l/kept", via="l", seq=9), remote("m", via="m")])
+    rows = [remote("own", via="l"), remote("l/kept", via="l", seq=2), remote("l/new", via="l")]
+    assert index.replace_via("l", rows) == {"l/old", "l/kept", "l/new"}
+    assert [(row.path, row.via, row.seq) for row in index.iter_remote()] == [
+        ("l/kept", "l", 2),
+        ("l/new", "l", 1),
+        ("m", "m", 1),
+        ("own", "", 1),
+    ]
+    assert index.replace_via("l", ()) == {"l/kept", "l/new"}
+    assert index.vias() == {"m"}
+
+
+def test_bytes_and_descendants_are_counted(index: Index) -> None:
+    """Sizes of local files, rows of any syncd publisher, and whether anything is announced below a path."""
+    assert index.local_bytes() == 0
+    index.put_local([local("a", file("12345")), local("b", file("123")), local("d", folder())])
+    index.put_remote([remote("d"), remote("d!/x"), replace(remote("theirs/a"), publisher="")])
+    assert (index.local_bytes(), index.count_ours()) == (8, 2)
+    assert [index.has_remote_below(path) for path in ("d", "d!", "theirs", "theirs/a")] == [False, True, True, False]
 
 
 # -- transactions and failures -------------------------------------------------------------------------
@@ -519,9 +554,7 @@ def somebody_elses(path: Path) -> None:
 
 
 @pytest.mark.fault("C6")
-@pytest.mark.parametrize(
-    "spoil", [overwrite_middle, truncate_half, no_database, newer_version, somebody_elses]
-)
+@pytest.mark.parametrize("spoil", [overwrite_middle, truncate_half, no_database, newer_version, somebody_elses])
 def test_a_file_that_cannot_be_trusted_is_set_aside(tmp_path: Path, spoil: object) -> None:
     """A new index begins, says why, and keeps the old file for a look."""
     path = tmp_path / "state" / "i"

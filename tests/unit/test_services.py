@@ -17,7 +17,7 @@ from syncd.rules import Rules
 from syncd.status import FolderStatus, StatusKeeper
 from syncd.store.base import BucketSpec, Link, ObjectMeta, SmallPut
 from syncd.store.memory import MemoryStore
-from syncd.subscriber import Subscriber, SubscribeOptions
+from syncd.subscriber import SubscribeOptions, Subscriber
 from tests.support.trees import difference
 
 
@@ -40,16 +40,15 @@ class World:
     async def push(self, **arguments: Any) -> Any:
         rules = self.options.get("rules", Rules())
         options = PublishOptions("app", self.source, rules, "here:/source", **self.publish_options())
-        publisher = Publisher(
-            options, self.store, self.tmp / "publish.db", status=keeper("publish"), clock=self.clock
-        )
+        publisher = Publisher(options, self.store, self.tmp / "publish.db", status=keeper("publish"), clock=self.clock)
         return await publisher.push(**arguments)
 
     def publish_options(self) -> dict[str, Any]:
-        return {key: value for key, value in self.options.items() if key not in {"rules", "drift"}}
+        return {key: value for key, value in self.options.items() if key not in {"rules", "drift", "owner"}}
 
     async def pull(self, **arguments: Any) -> Any:
-        options = SubscribeOptions("app", self.mirror, Rules(), drift=self.options.get("drift", "repair"))
+        chosen = {key: self.options[key] for key in ("drift", "owner") if key in self.options}
+        options = SubscribeOptions("app", self.mirror, Rules(), **chosen)
         subscriber = Subscriber(options, self.store, self.tmp / "mirror.db", status=keeper("subscribe"))
         return await subscriber.pull(**arguments)
 
@@ -243,6 +242,28 @@ async def test_drift_stays_under_the_other_policies(world: World, policy: str) -
         assert [problem.code for problem in result.problems] == (["drift"] * 2 if policy == "report" else [])
 
 
+@pytest.mark.fault("M1 M2")
+async def test_everything_in_a_mirror_belongs_to_its_owner(world: World) -> None:
+    """Files, directories and symlinks get the configured owner, set-id bits survive, later changes keep it."""
+    uid, gid = (65534, 65533) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    world.options["owner"] = (uid, gid)
+    write(world.source / "d/f", "one").chmod(0o4755)
+    (world.source / "link").symlink_to("d/f")
+    write(world.source / "big", os.urandom(200_000))
+    await world.push()
+    await world.pull()
+    (world.source / "d/f").chmod(0o2750)
+    write(world.source / "d/g", "new")
+    await world.push()
+    result = await world.pull()
+    assert result.problems == []
+    for path in world.mirror.rglob("[!.]*"):
+        if ".syncd" not in path.parts:
+            st = path.lstat()
+            assert (path, st.st_uid, st.st_gid) == (path, uid, gid)
+    assert difference(world.source, world.mirror) == {}
+
+
 @pytest.mark.fault("L1")
 async def test_a_planted_symlink_is_healed_and_never_followed(world: World) -> None:
     """A mirror directory swapped for a symlink to the outside: nothing is written there, the directory comes back."""
@@ -262,7 +283,9 @@ async def test_a_planted_symlink_is_healed_and_never_followed(world: World) -> N
 
 
 @pytest.mark.fault("P1 P6 P7")
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//b", "./a", ".", "..", "a/", "n\0ul", ".syncd/lock"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../x", "/etc/x", "a//b", "./a", ".", "..", "a/", "n\0ul", ".syncd/lock"]
+)
 async def test_hostile_names_are_refused_and_the_rest_goes_on(world: World, name: str) -> None:
     """A name that could leave the root is reported, writes nothing, and does not stop the others."""
     await world.foreign_put(name, b"evil")
@@ -280,7 +303,11 @@ async def test_objects_of_other_clients_get_sane_defaults(world: World) -> None:
     await world.foreign_put("stay", b"s")
     await world.pull()
     file = world.mirror / "deep/er/file.txt"
-    assert (file.read_bytes(), file.stat().st_mode & 0o7777, file.parent.stat().st_mode & 0o7777) == (b"data", 0o644, 0o755)
+    assert (file.read_bytes(), file.stat().st_mode & 0o7777, file.parent.stat().st_mode & 0o7777) == (
+        b"data",
+        0o644,
+        0o755,
+    )
     assert (await world.pull()).placed == 0
     await world.store.bucket("app").delete("deep/er/file.txt", expected_seq=None, metadata={})
     await world.pull()
@@ -427,3 +454,15 @@ async def test_concurrent_rounds_of_two_mirrors_share_a_bucket(world: World) -> 
     (world.tmp / "two").mkdir()
     await asyncio.gather(world.pull(), second.pull())
     assert difference(world.source, world.mirror) == difference(world.source, second.mirror) == {}
+
+
+async def test_a_new_ignore_file_withdraws_what_it_excludes(world: World) -> None:
+    """.syncdignore adds to the exclude patterns, in its own directory and below, and is itself distributed."""
+    for name in ("a.tmp", "d/b.tmp", "d/b.txt", "keep"):
+        write(world.source / name)
+    await world.push()
+    write(world.source / "d/.syncdignore", "*.tmp\n")
+    await world.push()
+    await world.pull()
+    files = {str(path.relative_to(world.mirror)) for path in world.mirror.rglob("*") if path.is_file()}
+    assert files - {".syncd/lock"} == {"a.tmp", "d/.syncdignore", "d/b.txt", "keep"}

@@ -31,6 +31,7 @@ from syncd.settings import (
     TlsSettings,
     default_state_dir,
     load,
+    parse_owner,
     parse_size,
     split_listen,
 )
@@ -551,10 +552,6 @@ def test_a_sound_configuration_has_no_findings(tmp_path):
             'error: fleet.toml:8: publish.1.folder: folder "a" is already published by publish.0',
         ),
         (
-            [("subscribe", "a", "x"), ("subscribe", "a", "y")],
-            'error: fleet.toml:8: subscribe.1.folder: folder "a" is already subscribed by subscribe.0',
-        ),
-        (
             [("subscribe", "a", "x"), ("subscribe", "b", "./x")],
             "error: fleet.toml:9: subscribe.1.path: x is already the mirror of subscribe.0",
         ),
@@ -820,3 +817,24 @@ def test_the_demo_keeps_everything_below_one_directory_and_uses_its_own_server()
     assert (settings.publish[0].path, settings.subscribe[0].path) == (demo / "source", demo / "mirror")
     assert settings.nats.embedded is not None
     assert settings.nats.servers == (f"nats://{settings.nats.embedded.listen}",)
+
+
+@pytest.mark.parametrize(
+    ("owner", "words"),
+    [
+        ("nobody-of-this-name", "no user 'nobody-of-this-name' on this host"),
+        ("root:nogroup-of-this-name", "no group 'nogroup-of-this-name' on this host"),
+        (":", 'must be "user", "user:group" or ":group"'),
+        ("4294967295", "an id is at most 4294967294"),
+    ],
+)
+def test_an_unknown_owner_is_refused_with_its_line(tmp_path, owner, words):
+    """An unknown user is an error at the door, never uid 0 later."""
+    (line,) = problems(tmp_path, f'[[subscribe]]\nfolder = "app"\npath = "/m"\nowner = "{owner}"\n')
+    assert words in line
+    assert line.startswith("fleet.toml:4: subscribe.0.owner")
+
+
+def test_an_owner_is_read_by_name_and_by_number():
+    """A user alone brings its own group; -1 leaves a part as it is."""
+    assert [parse_owner(text) for text in ("root", "0:5", ":0", "54321")] == [(0, 0), (0, 5), (-1, 0), (54321, -1)]

@@ -1,0 +1,3 @@
+"""Figures: what syncd needs in time and memory, beside the plain nats-py loop (docs/performance.md)."""
+
+from __future__ import annotations
