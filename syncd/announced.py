@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,13 @@ import structlog
 
 from syncd.errors import BadName, BucketNotFound, ObjectCorrupt, ObjectGone, SyncdError
 from syncd.model import Kind, Problem
-from syncd.paths import ancestors, check_path
+from syncd.paths import ancestors, check_path, object_name
 from syncd.problems import ProblemBook
 from syncd.store.base import NUID_PREFIX, BadMeta
 from syncd.store.mapping import ALLOWED, remote_row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from syncd.index import Index, RemoteRow
     from syncd.rules import Rules
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+DOUBT_SECONDS = 30.0
+"""How long a replaced bucket must be quiet before what it lacks is taken for deleted."""
 MAX_LINKS = 10_000
 
 
@@ -35,7 +38,16 @@ class Announced:
     :ivar allowed_removals: names whose tombstones say that a person allowed the deletion at the publisher.
     """
 
-    def __init__(self, store: Store, bucket: Bucket, index: Index, rules: Rules, thread: FolderThread) -> None:
+    def __init__(
+        self,
+        store: Store,
+        bucket: Bucket,
+        index: Index,
+        rules: Rules,
+        thread: FolderThread,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
         self._bucket = bucket
         self._index = index
@@ -44,6 +56,9 @@ class Announced:
         self._log = log.bind(folder=bucket.name, role="subscribe")
         self.problems = ProblemBook(self._log, "object_refused")
         self.allowed_removals: set[str] = set()
+        self.explained_removals: set[str] = set()
+        self._now = now
+        self._doubt_until = 0.0
         self._links: dict[str, Link] = {}
         self.listing_wanted = False
         self._had_links = True  # those of an earlier run, until the first look
@@ -61,7 +76,9 @@ class Announced:
         position = int(await self._thread.run(lambda: self._index.note("position", "0")))
         if known != state.created or position > state.last_seq:
             if known:
+                # Deleted and made again, or restored: its publisher may still be filling it.
                 self._log.warning("bucket_replaced", bucket=self._bucket.name)
+                self._doubt_until = self._now() + DOUBT_SECONDS
             full = True
         touched: set[str] = set()
         at_least = min(hinted, state.last_seq)  # a forged hint must not keep us waiting
@@ -70,8 +87,20 @@ class Announced:
         else:
             async for page in self._bucket.changes(position, at_least=at_least):
                 touched |= await self._thread.run(partial(self._take_page, page.items, page.last_seq))
+        if touched and self.in_doubt:
+            self._doubt_until = self._now() + DOUBT_SECONDS
         touched |= await self._follow_links()
         return None if full else touched
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the bucket was replaced and has not been quiet since: what it lacks may still come."""
+        return self._now() < self._doubt_until
+
+    def forget_removals(self) -> None:
+        """A round went through: what was explained and allowed is done."""
+        self.allowed_removals.clear()
+        self.explained_removals.clear()
 
     async def _list(self, created: str, at_least: int) -> None:
         """Read the whole bucket; names that it no longer has are forgotten once the listing is complete."""
@@ -99,7 +128,7 @@ class Announced:
         touched: set[str] = set()
         for item in items:
             if isinstance(item, BadMeta):
-                self.problems.note(Problem(item.subject, "bad_metadata", item.reason))
+                self.problems.note(Problem(object_name(item.subject), "bad_metadata", item.reason))
                 continue
             try:
                 check_path(item.name)
@@ -112,6 +141,7 @@ class Announced:
             self._links.pop(item.name, None)
             if item.deleted:
                 gone.append(item.name)
+                self.explained_removals.add(item.name)
                 self.problems.clear(item.name)
                 if ALLOWED in item.metadata:
                     self.allowed_removals.add(item.name)
@@ -122,7 +152,8 @@ class Announced:
                 continue
             row = self._row(item)
             if row is None:
-                gone.append(item.name)  # a refused object does not leave an older one standing in the plan
+                gone.append(item.name)  # it does not take part, or is refused: then what is in the mirror stays
+                self.explained_removals.add(item.name)
             else:
                 self.problems.clear(item.name)
                 rows.append(row)

@@ -154,9 +154,6 @@ class _Checks:
             self.say(("nats", "tls", has), f"{has} without {lacks}")
         if nats.domain and nats.prefix:
             self.say(("nats", "prefix"), "domain and prefix are both given, but a domain is a prefix")
-        kinds = {urlsplit(server).scheme in {"ws", "wss"} for server in nats.servers}
-        if len(kinds) > 1:
-            self.say(("nats", "servers"), "WebSocket and plain URLs cannot be mixed")
 
     def patterns(self) -> None:
         for section in ("publish", "subscribe"):

@@ -56,6 +56,8 @@ Command = Callable[..., Any]
 
 SHOWN_PROBLEMS = 20
 STALE_SECONDS = 30.0
+WIDE = 200
+"""Columns of a table that goes to a file or a pipe."""
 
 
 def main() -> None:
@@ -372,6 +374,8 @@ def _healthy(folder: FolderStatus) -> bool:
 
 def _show_status(folders: list[FolderStatus], *, running: bool, clear: bool) -> None:
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
     if clear:
         console.clear()
     table = Table("folder", "role", "state", "last sync", "pending", "entries", "size", "problems", "path", box=None)
@@ -402,8 +406,8 @@ def _show_status(folders: list[FolderStatus], *, running: bool, clear: bool) -> 
         for problem in one.problems[:SHOWN_PROBLEMS]:
             text = f"{printable(problem.path)}: {problem.code}: {printable(problem.text)}"
             console.print(f"  {escape(one.folder)}: {escape(text)}", soft_wrap=True)
-        if one.problem_count > min(len(one.problems), SHOWN_PROBLEMS):
-            console.print(f"  {escape(one.folder)}: and {one.problem_count - SHOWN_PROBLEMS} more problems")
+        if (more := one.problem_count - min(len(one.problems), SHOWN_PROBLEMS)) > 0:
+            console.print(f"  {escape(one.folder)}: and {more} more problems")
 
 
 def _show_problems(problems: list[Problem]) -> None:

@@ -94,6 +94,14 @@ def subject_token(name: str) -> str:
     return base64.urlsafe_b64encode(name.encode()).decode()
 
 
+def object_name(subject: str) -> str:
+    """Invert :func:`subject_token` for the last token of a subject; the subject itself where that is not possible."""
+    try:
+        return base64.b64decode(subject.rpartition(".")[2], altchars=b"-_", validate=True).decode()
+    except ValueError:
+        return subject
+
+
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn"}
 """Unicode categories that a terminal acts on or does not show."""
 _BYTE_SURROGATES = range(0xDC80, 0xDD00)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
+MAX_UNEXPLAINED_PERCENT = 50
+
+
 class PublishAction(Enum):
     """What the publisher does about one path."""
 
@@ -59,16 +62,19 @@ def publish_halt(deletes: int, published: int, max_delete_percent: float) -> str
     return ""
 
 
-def mirror_halt(removes: int, mirrored: int, adds: int, allowed: int) -> str:
-    """Return why a subscriber's plan must be held, "" if it need not.
+def mirror_halt(removes: int, mirrored: int, adds: int, *, allowed: int, unexplained: int) -> str:
+    """Return why a subscriber's plan must be held, "" if it need not. Counts are of files and symlinks.
 
-    :param removes: files and symlinks that the plan would remove from the mirror.
-    :param mirrored: files and symlinks that syncd keeps in the mirror now.
-    :param adds: files and symlinks that the plan would put where none is kept now.
-    :param allowed: removals among them that a person allowed at the publisher.
+    :param removes: what the plan would remove from the mirror.
+    :param mirrored: what syncd keeps in the mirror now.
+    :param adds: what the plan would put where nothing is kept now.
+    :param allowed: removals that a person allowed at the publisher.
+    :param unexplained: removals without a tombstone: the bucket was purged, restored or made again.
     """
     if removes and removes >= mirrored and adds == 0 and allowed < removes:
         return f"would remove all {mirrored} mirrored paths"
+    if 100 * unexplained > MAX_UNEXPLAINED_PERCENT * mirrored:
+        return f"would remove {unexplained} of {mirrored} mirrored paths that vanished from the bucket without a trace"
     return ""
 
 

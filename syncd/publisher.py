@@ -451,7 +451,8 @@ class Publisher:
             raise FileChanged(error.message) from error  # it vanished, or may be read no more: look again
         try:
             stored = await self._bucket.upload(file, progress=meter.add)
-            await self._thread.run(lambda: self._index.add_garbage(stored.nuid, self._clock(), stored))
+            if stored.chunks:  # none: it was truncated meanwhile
+                await self._thread.run(lambda: self._index.add_garbage(stored.nuid, self._clock(), stored))
             await asyncio.to_thread(file.check)
         finally:
             await asyncio.shield(asyncio.to_thread(file.close))

@@ -181,7 +181,7 @@ def _folder(value: str) -> str:
     return value
 
 
-_SCHEMES = {"nats", "tls", "ws", "wss"}
+_SCHEMES = {"nats", "tls"}
 
 
 def _server(value: str) -> str:
@@ -191,7 +191,7 @@ def _server(value: str) -> str:
     except ValueError:
         raise ValueError("must be a URL such as nats://host:4222") from None
     if url.scheme not in _SCHEMES or not url.hostname or port == 0 or url.query or url.fragment:
-        raise ValueError("must be a URL such as nats://host:4222 (nats, tls, ws or wss)")
+        raise ValueError("must be a URL such as nats://host:4222 (nats or tls)")
     if url.username is not None or url.password is not None:
         raise ValueError(
             "credentials do not belong into a URL, where logs and status would show them: "

@@ -92,6 +92,7 @@ class _Count:
     adds: int = 0
     removes: int = 0
     allowed: int = 0
+    unexplained: int = 0
     mirrored: int = 0
 
 
@@ -267,11 +268,13 @@ class Subscriber:
     ) -> None:
         """Apply all differences in batches; each batch is staged whole before anything changes."""
         count = await self._thread.run(lambda: self._count(touched))
-        reason = "" if allow_delete else mirror_halt(count.removes, count.mirrored, count.adds, count.allowed)
-        if reason:
+        reason = mirror_halt(
+            count.removes, count.mirrored, count.adds, allowed=count.allowed, unexplained=count.unexplained
+        )
+        if reason and not allow_delete:
             raise SafetyHalt(
                 f"mirror of {self._options.folder!r}: {reason}",
-                hint=f"if that is meant: syncd allow {self._options.folder}",
+                hint=f"if that is meant: syncd allow {self._options.folder}, or syncd pull --allow-delete",
             )
         meter = Meter(progress, count.changes, count.size)
         self._status.set(pending=count.changes + count.removes)
@@ -287,7 +290,7 @@ class Subscriber:
             if batches <= 1:
                 break
             # A directory whose children were removed by a later batch than its own is removed by the next pass.
-        self._announced.allowed_removals.clear()
+        self._announced.forget_removals()
 
     def _count(self, touched: Collection[str] | None) -> _Count:
         count = _Count()
@@ -302,6 +305,7 @@ class Subscriber:
             elif local is not None and local.entry.kind is not Kind.DIR:
                 count.removes += 1
                 count.allowed += path in self._announced.allowed_removals
+                count.unexplained += path not in self._announced.explained_removals
         if count.removes:
             count.mirrored = self._index.count_local(dirs=False)
         return count
@@ -321,6 +325,10 @@ class Subscriber:
         if path in self._drift.held:
             return True
         if remote is None:
+            if path in self._announced.problems:
+                return True  # refused: what is here stays
+            if self._announced.in_doubt and path not in self._announced.explained_removals:
+                return True
             # No object describes the directory, or none any more, but there are objects below it.
             return local is not None and local.entry.kind is Kind.DIR and self._index.has_remote_below(path)
         failure = self._failures.get(path)

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 OVERTAKEN_SECONDS: Final = 1.0
 RESEND_SECONDS: Final = 2.0
-"""Of silence, on a quick link; on a slow one some acknowledgement times, see :meth:`Lane.patience`."""
+"""Of silence, on a link that was quick so far, beside four times an acknowledgement's usual time."""
+SLOW_RESEND_SECONDS: Final = 18.0
+"""Of silence, on any other link: a chunk of 128 KiB takes 13 s at 10 kB/s, and sending it twice makes it worse."""
 SILENCE_SECONDS: Final = 30.0
 REFUSED_SECONDS: Final = 40.0
 """A cluster elects a leader in some 5 s; meanwhile nobody answers on the stream's subjects."""
@@ -123,21 +125,22 @@ class Lane:
         """Take a sign of life: our buffer drains, or the connection is new."""
         self._heard = self._resent = now
 
-    def patience(self) -> float:
+    def patience(self, *, quick: bool) -> float:
         """Seconds of silence after which the oldest message is sent again."""
-        return min(0.8 * SILENCE_SECONDS, RESEND_SECONDS + 4 * self._ack_seconds)
+        return min(SLOW_RESEND_SECONDS, RESEND_SECONDS + 4 * self._ack_seconds) if quick else SLOW_RESEND_SECONDS
 
-    def due(self, now: float, *, drained: bool) -> Due:
+    def due(self, now: float, *, drained: bool, quick: bool) -> Due:
         """Decide.
 
         :param drained: all that was sent has left our own buffer.
+        :param quick: the link carried much in little time so far.
         """
         flying = [out for order, out in self.out.items() if order not in self.held]
         due = Due()
         if self._blocked_since is not None:
             self._due_held(due, now, idle=not flying)
         if flying:
-            self._due_flying(due, flying, now, drained=drained)
+            self._due_flying(due, flying, now, patience=self.patience(quick=quick) if drained else SILENCE_SECONDS)
         due.send.sort(key=lambda out: out.order)
         return due
 
@@ -153,7 +156,7 @@ class Lane:
             due.send.append(self.held.pop(min(self.held)))
             due.ask = True
 
-    def _due_flying(self, due: Due, flying: list[Outgoing], now: float, *, drained: bool) -> None:
+    def _due_flying(self, due: Due, flying: list[Outgoing], now: float, *, patience: float) -> None:
         quiet = now - max(self._heard, min(out.first_sent for out in flying))
         if quiet > SILENCE_SECONDS:
             silent = StoreTimeout(f"the server acknowledged nothing for {SILENCE_SECONDS:g} s")
@@ -165,7 +168,7 @@ class Lane:
                 due.send.append(out)
             elif overtaken and now - out.last_sent > SILENCE_SECONDS:
                 due.fail.append((out, StoreTimeout("the acknowledgement was lost")))
-        if due.send or not drained or quiet <= self.patience() or now - self._resent <= self.patience():
+        if due.send or quiet <= patience or now - self._resent <= patience:
             return
         self._resent = now
         oldest = min((out for out in flying if out.again), key=lambda out: out.order, default=None)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 MIN_WINDOW: Final = 160 * 1024
 START_WINDOW: Final = MIN_WINDOW
 MAX_WINDOW: Final = 16 * 1024 * 1024
+QUICK_WINDOW: Final = 1024 * 1024
+"""A window of that size was earned: the link carries at least a megabyte a second."""
 MIN_PAGE: Final = 128 * 1024
 MAX_PAGE: Final = 8 * 1024 * 1024
 MAX_IN_FLIGHT: Final = 4096
@@ -242,7 +244,9 @@ class Transport:
             for name, lane in list(self._lanes.items()):
                 if waiting < self._undrained:
                     lane.heard(now)
-                await self._mind_lane(client, name, lane.due(now, drained=not waiting))
+                await self._mind_lane(
+                    client, name, lane.due(now, drained=not waiting, quick=self.writing.limit >= QUICK_WINDOW)
+                )
             self._undrained = waiting
 
     async def _come_back(self) -> None:

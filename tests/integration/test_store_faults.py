@@ -457,7 +457,7 @@ def lose_answers(monkeypatch: pytest.MonkeyPatch, bucket: NatsBucket, count: int
             original(out, message)
 
     monkeypatch.setattr(transport, "_on_ack", on_ack)
-    monkeypatch.setattr(lanes_module, "RESEND_SECONDS", 0.5)
+    monkeypatch.setattr(lanes_module, "SLOW_RESEND_SECONDS", 0.5)
     return lost
 
 

@@ -86,21 +86,23 @@ def test_a_publisher_is_held_above_its_limit_and_always_at_everything(
 
 @pytest.mark.fault("D1")
 @pytest.mark.parametrize(
-    ("removes", "mirrored", "adds", "allowed", "held"),
+    ("removes", "mirrored", "adds", "allowed", "unexplained", "held"),
     [
-        (0, 0, 0, 0, False),
-        (1, 10, 0, 0, False),
-        (10, 10, 0, 0, True),
-        (10, 10, 1, 0, False),  # what replaces them is in the same plan
-        (10, 10, 0, 9, True),
-        (10, 10, 0, 10, False),
+        (0, 0, 0, 0, 0, False),
+        (1, 10, 0, 0, 0, False),
+        (10, 10, 0, 0, 0, True),
+        (10, 10, 1, 0, 0, False),  # what replaces them is in the same plan
+        (10, 10, 0, 9, 0, True),
+        (10, 10, 0, 10, 0, False),
+        (5, 10, 0, 0, 5, False),
+        (6, 10, 9, 0, 6, True),  # vanished without a trace, although others came
     ],
 )
 def test_a_mirror_is_not_emptied_unless_a_person_allowed_every_removal(
-    removes: int, mirrored: int, adds: int, allowed: int, held: bool
+    removes: int, mirrored: int, adds: int, allowed: int, unexplained: int, held: bool
 ) -> None:
     """The reason is empty exactly when the plan may go on."""
-    assert bool(mirror_halt(removes, mirrored, adds, allowed)) is held
+    assert bool(mirror_halt(removes, mirrored, adds, allowed=allowed, unexplained=unexplained)) is held
 
 
 def diff(path: str, have: Entry | None, want: Entry | None, staged: str = "") -> Difference:

@@ -683,7 +683,7 @@ def test_whatever_is_read_under_a_constant_writer_was_there_at_one_moment(root: 
                 assert data is not None
                 letters = [letter for letter, _ in itertools.groupby(data)]
                 assert len(letters) == 1 or letters in [[new, old] for old, new in itertools.pairwise(b"abcdefgha")]
-                assert data.rindex(letters[0]) % 50_000 == 49_999
+                # Where the letters meet is not claimed: one write(2) that is under way leaves no new stamp at its end.
     finally:
         stop.set()
         writer.join()

@@ -12,6 +12,7 @@ import pytest
 
 from syncd.errors import SafetyHalt
 from syncd.holdings import PublishOptions
+from syncd.paths import subject_token
 from syncd.publisher import Publisher
 from syncd.rules import Rules
 from syncd.status import FolderStatus, StatusKeeper
@@ -171,6 +172,7 @@ async def test_a_bucket_that_came_back_empty_does_not_empty_a_mirror(world: Worl
     await world.pull()
     world.store = MemoryStore()
     await world.store.create_bucket("app", BucketSpec())
+    await world.pull()  # it may be being filled again
     with pytest.raises(SafetyHalt, match="all 1 mirrored"):
         await world.pull()
     assert (world.mirror / "a").read_text() == "x"
@@ -466,3 +468,39 @@ async def test_a_new_ignore_file_withdraws_what_it_excludes(world: World) -> Non
     await world.pull()
     files = {str(path.relative_to(world.mirror)) for path in world.mirror.rglob("*") if path.is_file()}
     assert files - {".syncd/lock"} == {"a.tmp", "d/.syncdignore", "d/b.txt", "keep"}
+
+
+@pytest.mark.fault("N5")
+async def test_a_bucket_that_is_being_filled_again_does_not_thin_out_a_mirror(world: World) -> None:
+    """Made again and half full: nothing is removed while it may still be filled, and more than half never silently."""
+    for number in range(10):
+        write(world.source / f"f{number}")
+    await world.push()
+    await world.pull()
+    world.store = MemoryStore()
+    await world.foreign_put("f0", b"x")
+    await world.pull()
+    assert len(list(world.mirror.glob("f*"))) == 10
+    with pytest.raises(SafetyHalt, match="9 of 10 mirrored paths that vanished"):
+        await world.pull()
+    await world.push()
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
+
+
+@pytest.mark.fault("O1")
+async def test_a_broken_object_leaves_the_version_before_in_place(world: World) -> None:
+    """Metadata that cannot be read or trusted is reported; the mirror keeps what it has, also after a listing."""
+    for name in ("a", "b", "c", "d"):
+        write(world.source / name, name)
+    await world.push()
+    await world.pull()
+    world.store.write_raw_meta("app", subject_token("a"), b"not json")
+    world.store.write_raw_meta("app", subject_token("b"), b'{"name":"b","bucket":"app","nuid":"n","size":1,"chunks":1}')
+    for _ in range(2):
+        result = await world.pull()
+        assert {(problem.path, problem.code) for problem in result.problems} == {
+            ("a", "bad_metadata"),
+            ("b", "bad_object"),
+        }
+        assert [(world.mirror / name).read_text() for name in "abcd"] == ["a", "b", "c", "d"]

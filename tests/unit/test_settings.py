@@ -627,7 +627,6 @@ def test_the_embedded_servers_store_is_neither_distributed_nor_overwritten(tmp_p
         ('tls = { cert_file = "c" }', "nats.tls.cert_file: cert_file without key_file"),
         ('tls = { key_file = "c" }', "nats.tls.key_file: key_file without cert_file"),
         ('domain = "d"\nprefix = "p"', "nats.prefix: domain and prefix are both given"),
-        ('servers = ["ws://a", "nats://b"]', "nats.servers: WebSocket and plain URLs cannot be mixed"),
     ],
 )
 def test_credentials_that_contradict_each_other_are_refused(tmp_path, keys, expected):
