@@ -183,12 +183,14 @@ def check(settings: Settings, offline: bool) -> int:  # noqa: FBT001
 @cli.command()
 @click.argument("folder")
 @click.option("--allow-delete", is_flag=True, help="Let a plan pass that a safety halt would hold.")
+@click.option("--take-over", is_flag=True, help="Become the folder's publisher, whoever was before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @_settings(needs_file=True)
-def push(settings: Settings, folder: str, allow_delete: bool, as_json: bool) -> int:  # noqa: FBT001
+def push(settings: Settings, folder: str, *, allow_delete: bool, take_over: bool, as_json: bool) -> int:
     """Publish FOLDER once. Exit code 1 when some paths could not be published."""
     with _progress("push", quiet=as_json) as step:
-        result = _run(oneshot.push(settings, folder, allow_delete=allow_delete, progress=step))
+        work = oneshot.push(settings, folder, allow_delete=allow_delete, take_over=take_over, progress=step)
+        result = _run(work)
     again = sorted(printable(path) for path in result.again)
     if as_json:
         _print_json(

@@ -90,16 +90,23 @@ class Holdings:
         """A write failed, and what of it the server has stored nobody knows: audit soon."""
         self._next_audit = min(self._next_audit, self._earliest_audit)
 
-    async def catch_up(self) -> None:
+    async def catch_up(self, *, take_over: bool = False) -> None:
         """Read into the index what the bucket announces, creating the bucket where it does not exist.
 
-        :raises FolderTaken: another publisher wrote to it since we began.
+        :param take_over: become its publisher, whoever was before.
+        :raises FolderTaken: it has another publisher.
         """
         state = await self._state()
         if state.sealed:
             raise BucketSealed(
                 f"bucket {self._options.folder!r} is sealed",
                 hint="publish to another folder name, or delete the bucket",
+            )
+        holder = await self._bucket.claim(self._options.publisher, take_over=take_over)
+        if holder != self._options.publisher:
+            raise FolderTaken(
+                f"folder {self._options.folder!r} is published by {printable(holder)}",
+                hint=f"if that publisher is retired: syncd push {self._options.folder} --take-over",
             )
         position = await self._thread.run(lambda: self._position(state.created, state.last_seq))
         if self._clock() < self._next_audit:

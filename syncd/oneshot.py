@@ -66,7 +66,12 @@ def _keeper(role: str, folder: str, path: Path) -> StatusKeeper:
 
 
 async def push(
-    settings: Settings, folder: str, *, allow_delete: bool, progress: Callable[[Progress], None] | None
+    settings: Settings,
+    folder: str,
+    *,
+    allow_delete: bool,
+    take_over: bool,
+    progress: Callable[[Progress], None] | None,
 ) -> PushResult:
     """Publish one configured folder once.
 
@@ -82,7 +87,7 @@ async def push(
         publisher = Publisher(
             publish_options(settings, item), store, index_file, status=_keeper("publish", folder, item.path)
         )
-        return await publisher.push(allow_delete=allow_delete, progress=progress)
+        return await publisher.push(allow_delete=allow_delete, take_over=take_over, progress=progress)
 
 
 async def pull(

@@ -26,6 +26,7 @@ from syncd.errors import (
     BucketSealed,
     FileChanged,
     SafetyHalt,
+    StoreFull,
     StoreTimeout,
     SyncdError,
     WriteConflict,
@@ -74,6 +75,7 @@ class PushResult:
 
     :ivar again: paths that could not be read or written this time and are tried again soon.
     :ivar conflict: somebody else wrote to the bucket: look at everything again.
+    :ivar full: there was no room for some content.
     """
 
     puts: int = 0
@@ -83,6 +85,7 @@ class PushResult:
     problems: list[Problem] = field(default_factory=list)
     again: set[str] = field(default_factory=set)
     conflict: bool = False
+    full: StoreFull | None = None
 
     def add(self, more: PushResult) -> None:
         """Add a later round."""
@@ -177,14 +180,22 @@ class Publisher:
             await self._close()
 
     async def push(
-        self, *, allow_delete: bool = False, progress: Callable[[Progress], None] | None = None
+        self,
+        *,
+        allow_delete: bool = False,
+        take_over: bool = False,
+        progress: Callable[[Progress], None] | None = None,
     ) -> PushResult:
         """Do one full round; paths that change while being read are tried again a few times.
+
+        :param take_over: become the folder's publisher, whoever was before.
 
         :raises SafetyHalt: the plan would delete too much and ``allow_delete`` is not given.
         """
         try:
             await self._open()
+            if take_over:
+                await self._holdings.catch_up(take_over=True)
             waits = backoff(0.1, 2.0)
             total = await self._round(None, allow_delete=allow_delete, progress=progress)
             for _ in range(PUSH_RETRIES):
@@ -271,17 +282,28 @@ class Publisher:
         """Bring the bucket up to the source for ``paths`` (``None``: for all).
 
         :raises SafetyHalt: deletes are held; everything else of the round is done.
+        :raises StoreFull: some content has no room; everything else of the round is done, and what makes room is.
         """
         if paths is None:
             await self._holdings.catch_up()
         touched = await self._scan(paths)
         result = PushResult()
-        await self._put_changed(touched, result, progress)
-        await self._delete_gone(touched, result, allow_delete=allow_delete)
+        try:
+            await self._put_changed(touched, result, progress)
+            await self._delete_gone(touched, result, allow_delete=allow_delete)
+        except SafetyHalt:
+            await self._holdings.free_garbage()
+            raise
+        except SyncdError:
+            self._holdings.doubt()
+            raise
         if paths is None:
             entries, size = await self._thread.run(lambda: (self._index.count_local(), self._index.local_bytes()))
             self._status.set(entries=entries, bytes=size)
         await self._holdings.free_garbage()
+        if result.full is not None:
+            self._holdings.doubt()
+            raise result.full
         return result
 
     async def _scan(self, paths: frozenset[str] | None) -> Collection[str] | None:
@@ -463,7 +485,7 @@ class Publisher:
     def _remember_puts(self, pairs: Iterable[tuple[_Item, PutResult]], result: PushResult) -> None:
         """Write acknowledged puts into the index; a failed one is tried again.
 
-        :raises SyncdError: a failure that is not one path's (the store is away, full or sealed).
+        :raises SyncdError: a failure that is not one path's (the store is away or sealed).
         """
         rows: list[RemoteRow] = []
         replaced: list[RemoteRow] = []
@@ -488,6 +510,9 @@ class Publisher:
 
     def _put_failed(self, path: str, error: Exception, result: PushResult) -> Exception | None:
         """Sort one path's failure; returns it where the whole round must end."""
+        if isinstance(error, StoreFull):
+            result.full = error  # others may be smaller, and deletes make room
+            return None
         if isinstance(error, WriteConflict | StoreTimeout):
             self._log.warning("put_refused", path=path, error=str(error))
             result.again.add(path)

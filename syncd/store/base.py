@@ -245,6 +245,16 @@ class Bucket(Protocol):
         """
         ...
 
+    async def claim(self, publisher: str, *, take_over: bool = False) -> str:
+        """Say who publishes to this bucket, unless somebody else said so before; return who does.
+
+        The word stays until it is taken over: a publisher that is down for a month is still the publisher.
+
+        :param publisher: the identity of a publisher, stable across its restarts.
+        :param take_over: write over another publisher's claim.
+        """
+        ...
+
     def changes(self, after: int, *, at_least: int = 0) -> AsyncIterator[Page]:
         """Catch up: the newest metadata message of every name changed after sequence ``after``, in pages.
 

@@ -289,6 +289,29 @@ class NatsBucket:
         payload = wire.encode_tombstone(self._name, name, nuid=self._fresh_nuid(), metadata=metadata)
         return await self._write_meta(name, payload, expected_seq)
 
+    async def claim(self, publisher: str, *, take_over: bool = False) -> str:
+        """See :class:`syncd.store.base.Bucket`."""
+        subject = wire.chunk_subject(self._name, wire.CLAIM)
+        holder, seq = await self._claimed(subject)
+        if holder == publisher or (holder and not take_over):
+            return holder
+        headers = {"Nats-Rollup": "sub"} | _meta_headers(seq)
+        try:
+            await self._transport.send_and_wait(subject, publisher.encode(), headers, lane=self._stream)
+        except (WriteConflict, StoreTimeout, Unavailable) as error:
+            # Somebody was faster, or our own message is stored and its acknowledgement lost.
+            holder, _ = await self._claimed(subject)
+            if not holder:
+                raise await self._explain(error) from error
+            return holder
+        return publisher
+
+    async def _claimed(self, subject: str) -> tuple[str, int]:
+        message = await self._last(subject)
+        if message is None:
+            return "", 0
+        return message.data.decode("utf-8", "replace"), header_int(message.headers or {}, "Nats-Sequence")
+
     async def put_link(self, name: str, link: Link) -> int:
         """See :class:`syncd.store.base.Bucket`."""
         nuid = self._fresh_nuid()

@@ -125,6 +125,7 @@ class _Stream:
         self.created = created
         self.last_seq = 0
         self.sealed = False
+        self.publisher = ""
         self.metas: dict[str, _Message] = {}
         self.chunks: dict[str, list[_Message]] = {}
 
@@ -402,6 +403,13 @@ class MemoryBucket:
         stream = await self._stream("delete")
         payload = wire.encode_tombstone(self._name, name, nuid=self._store.fresh_nuid(), metadata=metadata)
         return self._write(stream, name, payload, expected_seq)
+
+    async def claim(self, publisher: str, *, take_over: bool = False) -> str:
+        """See :class:`syncd.store.base.Bucket`."""
+        stream = await self._stream("claim")
+        if take_over or not stream.publisher:
+            stream.publisher = publisher
+        return stream.publisher
 
     async def put_link(self, name: str, link: Link) -> int:
         """See :class:`syncd.store.base.Bucket`."""

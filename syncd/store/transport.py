@@ -39,7 +39,8 @@ START_WINDOW: Final = MIN_WINDOW
 MAX_WINDOW: Final = 16 * 1024 * 1024
 QUICK_WINDOW: Final = 1024 * 1024
 """A window of that size was earned: the link carries at least a megabyte a second."""
-MIN_PAGE: Final = 128 * 1024
+MIN_PAGE: Final = 96 * 1024
+"""Less than a chunk: the server ends a page with the message that reaches its size (nats-server 2.15)."""
 MAX_PAGE: Final = 8 * 1024 * 1024
 MAX_IN_FLIGHT: Final = 4096
 """Messages without acknowledgement, whatever their size."""

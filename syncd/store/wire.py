@@ -89,6 +89,10 @@ def chunk_prefix(bucket: str) -> str:
     return f"$O.{bucket}.C."
 
 
+CLAIM = "publisher"
+"""Chunk token of the message that says who publishes to a bucket: no nuid of anybody's, and no metadata names it."""
+
+
 def chunk_subject(bucket: str, nuid: str) -> str:
     """Return the subject of an object's chunks; the nuid must have passed :func:`is_nuid`."""
     return f"$O.{bucket}.C.{nuid}"

@@ -678,3 +678,25 @@ async def test_nothing_is_left_running(kit: Kit, bucket: Bucket) -> None:
     async with asyncio.timeout(DEADLINE):
         while asyncio.all_tasks() - before:
             await asyncio.sleep(0.05)
+
+
+# -- who publishes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("C5")
+async def test_the_first_claim_stands_until_it_is_taken_over(bucket: Bucket) -> None:
+    """A claim is kept against others, repeated by its holder, and replaced only when that is asked for."""
+    assert await bucket.claim("a:/srv") == "a:/srv"
+    assert await bucket.claim("b:/srv") == "a:/srv"
+    assert await bucket.claim("a:/srv") == "a:/srv"
+    assert await bucket.claim("b:/srv", take_over=True) == "b:/srv"
+    assert await bucket.claim("a:/srv") == "b:/srv"
+    assert [page async for page in bucket.changes(0)] == []
+
+
+@pytest.mark.fault("C5")
+async def test_of_two_claims_at_once_one_stands(bucket: Bucket) -> None:
+    """Whoever is slower is told who was faster."""
+    async with asyncio.timeout(DEADLINE):
+        holders = await asyncio.gather(*(bucket.claim(f"host{number}:/srv") for number in range(8)))
+    assert len(set(holders)) == 1

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from tests.support.daemon import Daemon
     from tests.support.server import NatsServer
 
-KILLS = int(os.environ.get("SYNCD_TEST_KILLS", "20"))
-SEED = int(os.environ.get("SYNCD_TEST_SEED", str(int(time.time()))))
+# Taken out of the environment: syncd refuses variables that look like its keys.
+KILLS = int(os.environ.pop("SYNCD_TEST_KILLS", "20"))
+SEED = int(os.environ.pop("SYNCD_TEST_SEED", str(int(time.time()))))
 
 
 def grow(source: Path) -> None:

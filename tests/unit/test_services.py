@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from syncd.errors import SafetyHalt
+from syncd.errors import FolderTaken, SafetyHalt
 from syncd.holdings import PublishOptions
 from syncd.paths import subject_token
 from syncd.publisher import Publisher
@@ -37,10 +37,11 @@ class World:
         self.source.mkdir()
         self.options: dict[str, Any] = {}
         self.clock = time.time
+        self.identity = "here:/source"
 
     async def push(self, **arguments: Any) -> Any:
         rules = self.options.get("rules", Rules())
-        options = PublishOptions("app", self.source, rules, "here:/source", **self.publish_options())
+        options = PublishOptions("app", self.source, rules, self.identity, **self.publish_options())
         publisher = Publisher(options, self.store, self.tmp / "publish.db", status=keeper("publish"), clock=self.clock)
         return await publisher.push(**arguments)
 
@@ -504,3 +505,23 @@ async def test_a_broken_object_leaves_the_version_before_in_place(world: World) 
             ("b", "bad_object"),
         }
         assert [(world.mirror / name).read_text() for name in "abcd"] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.fault("C5")
+async def test_a_second_publisher_is_refused_until_it_takes_over(world: World) -> None:
+    """The second one changes nothing and is told who publishes; taken over, the first one is told so in turn."""
+    write(world.source / "a", "one")
+    await world.push()
+    world.identity = "there:/source"
+    write(world.source / "a", "two")
+    (world.tmp / "publish.db").rename(world.tmp / "first.db")
+    with pytest.raises(FolderTaken, match="is published by here:/source"):
+        await world.push(allow_delete=True)
+    await world.pull()
+    assert (world.mirror / "a").read_text() == "one"
+    assert (await world.push(take_over=True)).puts > 0
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
+    world.identity = "here:/source"
+    with pytest.raises(FolderTaken, match="is published by there:/source"):
+        await world.push()
