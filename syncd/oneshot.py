@@ -23,7 +23,7 @@ from syncd.statedir import StateDir
 from syncd.status import FolderState, FolderStatus, StatusKeeper
 from syncd.store.base import BadMeta, ObjectInfo
 from syncd.store.bucket import NatsStore
-from syncd.store.connection import Connection, require_jetstream
+from syncd.store.connection import Connection, check_version, require_jetstream
 from syncd.store.mapping import remote_row
 from syncd.store.probe import missing_permissions
 from syncd.subscriber import SubscribeOptions, Subscriber
@@ -50,6 +50,7 @@ async def open_store(settings: Settings) -> AsyncIterator[tuple[Store, Connectio
     connection = Connection(connection_options(settings))
     await connection.start(CONNECT_SECONDS)
     try:
+        check_version(await connection.server_version(), connection.host)
         yield NatsStore(connection), connection
     finally:
         await connection.close()

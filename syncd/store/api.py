@@ -157,7 +157,12 @@ class Api:
             try:
                 info = await self._ask(order[1], request)
             except (NotPermitted, NoResponders, NoJetStream):
-                raise error from None
+                if not isinstance(error, NoResponders):
+                    raise error from None
+                raise Unavailable(
+                    f"JetStream does not answer at {self.conn.host}: it is not enabled there, or has no leader now",
+                    hint="add a jetstream block to the server's configuration",
+                ) from error
             (self._mapped.add if order[1] == mapped else self._mapped.discard)(bucket)
         return info
 

@@ -28,6 +28,8 @@ EAGER = "settle_ms = 10\nrescan_seconds = 1\n"
 """Both roles: look at everything every second, so that a test of healing need not wait a minute for it."""
 EAGER_PUBLISH = EAGER + "grace_seconds = 1\nmax_delete_percent = 100\n"
 FREED_SECONDS = 30.0
+CLAIM = "publisher"
+"""The one chunk subject that is no content: who publishes the folder."""
 
 
 def nats_config(server: NatsServer) -> str:
@@ -78,7 +80,7 @@ async def orphans(url: str, folder: str = "app") -> set[str]:
     try:
         js = client.jetstream()
         info = await js.stream_info(stream, subjects_filter=f"{prefix}>")
-        chunks = {subject.removeprefix(prefix) for subject in info.state.subjects or {}}
+        chunks = {subject.removeprefix(prefix) for subject in info.state.subjects or {}} - {CLAIM}
         return chunks - {meta["nuid"] for meta in await _metas(js, stream, folder) if not meta.get("deleted")}
     finally:
         await client.close()

@@ -458,6 +458,7 @@ def lose_answers(monkeypatch: pytest.MonkeyPatch, bucket: NatsBucket, count: int
 
     monkeypatch.setattr(transport, "_on_ack", on_ack)
     monkeypatch.setattr(lanes_module, "SLOW_RESEND_SECONDS", 0.5)
+    transport.writing.limit = 4 * 1024 * 1024  # several chunks under way from the first on
     return lost
 
 

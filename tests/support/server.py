@@ -30,7 +30,16 @@ def free_port() -> int:
 class NatsServer:
     """Start, stop, kill -9, freeze and restart on the same port and store."""
 
-    def __init__(self, directory: Path, config: str = "", *, jetstream: bool = True, port: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: str = "",
+        *,
+        jetstream: bool = True,
+        port: int | None = None,
+        binary: str | None = None,
+    ) -> None:
+        self.binary = binary or nats_server_binary()
         self.directory = directory
         self.port = port or free_port()
         self.store_dir = directory / "jetstream"
@@ -50,7 +59,7 @@ class NatsServer:
         self.config.write_text(f'listen: "127.0.0.1:{self.port}"\n{jetstream}{self.extra}\n')
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [nats_server_binary(), "-c", str(self.config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                [self.binary, "-c", str(self.config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
         deadline = time.monotonic() + 20
         while True:

@@ -1,0 +1,669 @@
+"""Faults, each provoked for real against running daemons: they heal, or they say clearly why not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import nats
+import pytest
+
+from syncd.paths import subject_token
+from tests.e2e.conftest import (
+
+    EAGER_PUBLISH,
+    Daemons,
+    bucket_exists,
+    delete_bucket,
+    healed,
+    no_orphans,
+    publish,
+    subscribe,
+)
+from tests.support.mirror import litter
+from tests.support.store import raw_meta
+from tests.support.trees import difference, equal_trees, eventually, snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.support.daemon import Daemon
+    from tests.support.server import NatsServer
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A small source with something of everything."""
+    root = tmp_path / "source"
+    (root / "d/deep").mkdir(parents=True)
+    (root / "keep").write_text("k")
+    (root / "d/f").write_text("in d")
+    (root / "d/deep/large").write_bytes(os.urandom(300_000))
+    (root / "link").symlink_to("d/f")
+    return root
+
+
+def status(daemon: Daemon, key: str) -> dict[str, Any]:
+    return daemon.status().get(key, {})
+
+
+def problems(daemon: Daemon, key: str = "subscribe-app") -> dict[str, str]:
+    """Path -> code of what a folder reports."""
+    return {one["path"]: one["code"] for one in status(daemon, key).get("problems", [])}
+
+
+async def in_state(daemon: Daemon, key: str, state: str, seconds: float = 20) -> dict[str, Any]:
+    def reached() -> dict[str, Any]:
+        now = status(daemon, key)
+        return now if now.get("state") == state else {}
+
+    found: dict[str, Any] = await eventually(reached, seconds)
+    return found
+
+
+async def rounds_later(daemon: Daemon, key: str, rounds: int = 2) -> None:
+    """Wait until a folder has looked at everything again, so that what has not happened by now does not happen."""
+    for _ in range(rounds):
+        before = status(daemon, key).get("last_sync")
+        await eventually(lambda before=before: status(daemon, key).get("last_sync") != before)
+
+
+# -- the server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("N1")
+@pytest.mark.parametrize("how", ["gone", "frozen"])
+async def test_a_server_that_is_away_is_waited_for(
+    how: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Changes made while the server is killed, or stopped in its tracks, arrive when it is back; no restart of ours."""
+    mirror = tmp_path / "mirror"
+    publisher = daemons.start("p", publish(source))
+    subscriber = daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    if how == "gone":
+        await nats_server.astop(kill=True)
+    else:
+        nats_server.freeze()
+    (source / "while-away").write_bytes(os.urandom(400_000))
+    (source / "d/f").unlink()
+    (source / "keep").rename(source / "kept")
+    if how == "gone":
+        assert (await in_state(publisher, "publish-app", "waiting"))["error"]
+        await in_state(subscriber, "subscribe-app", "waiting")
+        await nats_server.astart()
+    else:
+        await asyncio.sleep(4)  # the fault itself, not a wait for something
+        nats_server.thaw()
+    await healed(nats_server, source, mirror)
+    for daemon in (publisher, subscriber):
+        assert daemon.process is not None
+        assert daemon.process.poll() is None
+
+
+@pytest.mark.fault("N3")
+@pytest.mark.timeout(240)
+async def test_twenty_subscribers_come_back_after_a_restart_of_the_server(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """All converge, on one connection each, and leave no consumers behind."""
+    mirrors = [tmp_path / f"mirror{number}" for number in range(20)]
+    daemons.start("p", publish(source))
+    for number, mirror in enumerate(mirrors):
+        daemons.start(f"s{number}", subscribe(mirror))
+    for mirror in mirrors:
+        await equal_trees(source, mirror, 60)
+    await nats_server.astop(kill=True)
+    (source / "new").write_bytes(os.urandom(300_000))
+    (source / "d/f").write_text("changed")
+    await nats_server.astart()
+    await healed(nats_server, source, *mirrors)
+    client = await nats.connect(nats_server.url)
+    try:
+        assert (await client.jetstream().stream_info("OBJ_app")).state.consumer_count == 0
+    finally:
+        await client.close()
+
+
+# -- the watcher -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.fault("W1 W2 S4")
+@pytest.mark.timeout(240)
+async def test_bursts_that_overrun_the_watcher_arrive_whole(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """30,000 files, and 200 nested directories, made as fast as the disk allows; the timer is an hour away."""
+    mirror = tmp_path / "mirror"
+    slow = "rescan_seconds = 3600\n"
+    daemons.start("p", publish(source, extra=slow))
+    daemons.start("s", subscribe(mirror, extra=slow))
+    await equal_trees(source, mirror)
+    deep = source / "deep"
+    for number in range(200):
+        deep = deep / f"{number}"
+        deep.mkdir(parents=True)
+        (deep / "leaf").write_text(str(number))
+    await equal_trees(source, mirror)
+    for directory in range(30):
+        (source / f"burst{directory}").mkdir()
+    for number in range(30_000):
+        (source / f"burst{number % 30}/{number}").write_text(str(number))
+    await eventually(lambda: sum(1 for _ in mirror.glob("burst*/*")) == 30_000, 90)
+    await equal_trees(source, mirror, 60)
+
+
+@pytest.mark.fault("S1 S2")
+async def test_a_constant_writer_starves_only_itself(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """A file written without a pause is never published torn, and holds up nobody else."""
+    mirror = tmp_path / "mirror"
+    daemons.start("p", publish(source))
+    daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    size = 4096
+    with (source / "busy").open("wb") as busy:
+        stop = asyncio.Event()
+
+        def write() -> None:
+            busy.seek(0)
+            busy.write(os.urandom(1) * size * 256)
+            busy.flush()
+
+        async def keep_writing() -> None:
+            while not stop.is_set():
+                await asyncio.to_thread(write)
+
+        writer = asyncio.create_task(keep_writing())
+        try:
+            for number in range(5):
+                (source / f"other{number}").write_text(str(number))
+                await eventually(lambda number=number: (mirror / f"other{number}").exists(), 10)
+        finally:
+            stop.set()
+            await writer
+    await healed(nats_server, source, mirror)
+    assert len(set((mirror / "busy").read_bytes())) == 1
+
+
+@pytest.mark.fault("W5 L10")
+async def test_a_source_that_is_unmounted_or_missing_is_not_an_empty_one(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Moved away: waiting. An empty directory in its place: a halt. Back again: in sync, and nothing was removed."""
+    mirror = tmp_path / "mirror"
+    daemon = daemons.start("d", publish(source) + subscribe(mirror))
+    await equal_trees(source, mirror)
+    whole = snapshot(source)
+    source.rename(tmp_path / "away")
+    assert "source" in (await in_state(daemon, "publish-app", "waiting"))["error"]
+    source.mkdir()
+    await in_state(daemon, "publish-app", "halted")
+    await rounds_later(daemon, "subscribe-app")
+    assert snapshot(mirror) == whole
+    source.rmdir()
+    (tmp_path / "away").rename(source)
+    await in_state(daemon, "publish-app", "in_sync")
+    (source / "after").write_text("watched again")
+    await healed(nats_server, source, mirror)
+
+
+@contextmanager
+def mounted(target: Path, *arguments: str) -> Iterator[Callable[[], None]]:
+    """Mount something on ``target`` for a while; yields a way to unmount it early."""
+    target.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", *arguments, str(target)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+    there = [True]
+
+    def unmount() -> None:
+        if there:
+            subprocess.run(["umount", "--lazy", str(target)], check=True)
+            there.clear()
+
+    try:
+        yield unmount
+    finally:
+        unmount()
+
+
+@pytest.mark.fault("W5 L10")
+async def test_a_source_whose_filesystem_is_unmounted_halts_and_comes_back(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """The bare mount point is an empty directory: nothing is deleted; what was changed meanwhile arrives after."""
+    mirror, mount = tmp_path / "mirror", tmp_path / "mount"
+    with mounted(mount, "--bind", str(source)) as unmount:
+        daemon = daemons.start("d", publish(mount) + subscribe(mirror))
+        await equal_trees(source, mirror)
+        whole = snapshot(source)
+        unmount()
+        await in_state(daemon, "publish-app", "halted")
+        await rounds_later(daemon, "subscribe-app")
+        assert snapshot(mirror) == whole
+    with mounted(mount, "--bind", str(source)):
+        (source / "meanwhile").write_text("changed on the filesystem itself")
+        await healed(nats_server, source, mirror)
+        await in_state(daemon, "publish-app", "in_sync")
+        daemon.kill()
+
+
+# -- the bucket ------------------------------------------------------------------------------------------------------
+
+
+async def raise_limit(url: str, max_bytes: int) -> None:
+    client = await nats.connect(url)
+    try:
+        js = client.jetstream()
+        config = (await js.stream_info("OBJ_app")).config
+        config.max_bytes = max_bytes
+        await js.update_stream(config)
+    finally:
+        await client.close()
+
+
+@pytest.mark.fault("N5")
+@pytest.mark.parametrize("remedy", ["file removed", "limit raised"])
+async def test_a_full_bucket_is_named_and_everything_that_fits_goes_on(
+    remedy: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """A file without room is waited for; small ones before and after it arrive; room of any origin heals."""
+    mirror = tmp_path / "mirror"
+    publisher = daemons.start("p", publish(source, extra=EAGER_PUBLISH + "[publish.bucket]\nmax_bytes = 2_000_000\n"))
+    daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    (source / "half").write_bytes(os.urandom(900_000))
+    await equal_trees(source, mirror)
+    (source / "enormous").write_bytes(os.urandom(1_500_000))
+    waiting = await in_state(publisher, "publish-app", "waiting")
+    assert "maximum bytes" in waiting["error"]
+    assert "max_bytes" in waiting["hint"]
+    (source / "a").write_text("small, sorts before it")
+    (source / "z").write_text("small, sorts after it")
+    await eventually(lambda: (mirror / "a").exists() and (mirror / "z").exists(), 40)
+    assert not (mirror / "enormous").exists()
+    if remedy == "file removed":
+        (source / "half").unlink()
+    else:
+        await raise_limit(nats_server.url, 20_000_000)
+    await healed(nats_server, source, mirror, seconds=60)
+
+
+@pytest.mark.fault("N5")
+async def test_a_bucket_full_to_the_last_byte_still_takes_deletes(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Small files fill it until not even a tombstone fits: removing some of them at the source heals it."""
+    mirror = tmp_path / "mirror"
+    publisher = daemons.start("p", publish(source, extra=EAGER_PUBLISH + "[publish.bucket]\nmax_bytes = 600_000\n"))
+    daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    for number in range(600):
+        (source / f"n{number}").write_bytes(os.urandom(number % 97 + 1))
+    assert "maximum bytes" in (await in_state(publisher, "publish-app", "waiting"))["error"]
+    for number in range(0, 600, 2):
+        (source / f"n{number}").unlink()
+    await healed(nats_server, source, mirror, seconds=60)
+
+
+@pytest.mark.fault("N5")
+@pytest.mark.timeout(180)
+async def test_a_deleted_bucket_is_made_again_and_no_mirror_is_emptied(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """With a publisher it is filled again; without one the mirror keeps what it has for as long as it takes."""
+    mirror = tmp_path / "mirror"
+    for number in range(1000):
+        (source / f"n{number}").write_bytes(os.urandom(3000))
+    publisher = daemons.start("p", publish(source))
+    subscriber = daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    whole = snapshot(mirror)
+    await asyncio.to_thread(publisher.stop)
+    await delete_bucket(nats_server.url)
+    await in_state(subscriber, "subscribe-app", "waiting")
+    assert snapshot(mirror) == whole
+    (source / "n0").unlink()
+    publisher.start()
+    deadline = time.monotonic() + 30
+    while not (await bucket_exists(nats_server.url) and publisher.events("published")[1:]):
+        assert len(snapshot(mirror)) >= len(whole) - 1
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    await in_state(subscriber, "subscribe-app", "in_sync")
+    assert len(snapshot(mirror)) >= len(whole) - 1
+    (source / "later").write_text("the mirror follows the new bucket")
+    await eventually((mirror / "later").exists)
+    await delete_bucket(nats_server.url)
+    await eventually(lambda: len(publisher.events("bucket_created")) == 3)
+    await healed(nats_server, source, mirror, seconds=60)  # n0 goes when the new bucket has been quiet for a while
+
+
+# -- the mirror's disk -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("X1")
+async def test_a_full_disk_leaves_the_mirror_as_it_was_and_heals_with_room(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Nothing partial, nothing staged is left; when the obstacle is gone the mirror is brought up to date."""
+    disk = tmp_path / "disk"
+    with mounted(disk, "-t", "tmpfs", "-o", "size=2m", "tmpfs"):
+        mirror = disk / "mirror"
+        daemons.start("p", publish(source))
+        subscriber = daemons.start("s", subscribe(mirror))
+        await equal_trees(source, mirror)
+        (disk / "obstacle").write_bytes(bytes(1_000_000))
+        whole = snapshot(mirror)
+        (source / "keep").write_text("changed in the same batch")
+        (source / "too-large").write_bytes(os.urandom(1_200_000))
+        waiting = await in_state(subscriber, "subscribe-app", "waiting")
+        assert "space" in waiting["error"]
+        now = snapshot(mirror)
+        assert "too-large" not in now
+        assert {path: entry for path, entry in now.items() if path != "keep"} == {
+            path: entry for path, entry in whole.items() if path != "keep"
+        }
+        (disk / "obstacle").unlink()
+        await healed(nats_server, source, mirror, seconds=60)
+        subscriber.kill()
+
+
+@pytest.mark.fault("L10 M6 X1")
+async def test_a_mirror_whose_filesystem_is_remounted_waits_and_heals(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Read-only for a while, then writable again: waiting, then equal."""
+    disk = tmp_path / "disk"
+    with mounted(disk, "-t", "tmpfs", "-o", "size=20m", "tmpfs"):
+        mirror = disk / "mirror"
+        daemons.start("p", publish(source))
+        subscriber = daemons.start("s", subscribe(mirror))
+        await equal_trees(source, mirror)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        (source / "keep").write_text("changed")
+        (source / "new").write_bytes(os.urandom(200_000))
+        await eventually(lambda: status(subscriber, "subscribe-app").get("error") or problems(subscriber))
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        await healed(nats_server, source, mirror, seconds=60)
+        subscriber.kill()
+
+
+@pytest.mark.fault("L10")
+async def test_a_mirror_whose_filesystem_is_unmounted_is_not_written_to_until_it_is_back(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Into the bare mount point nothing is written; mounted again, the mirror is brought up to date."""
+    backing, disk = tmp_path / "backing", tmp_path / "disk"
+    backing.mkdir()
+    with mounted(disk, "--bind", str(backing)) as unmount:
+        daemons.start("p", publish(source))
+        subscriber = daemons.start("s", subscribe(disk))
+        await equal_trees(source, disk)
+        unmount()
+        (source / "keep").write_text("changed")
+        waiting = await in_state(subscriber, "subscribe-app", "waiting")
+        assert "disk" in waiting["error"]
+        assert list(disk.iterdir()) == []
+        with mounted(disk, "--bind", str(backing)):
+            await healed(nats_server, source, disk, seconds=60)
+            subscriber.kill()
+
+
+# -- what is in the bucket -------------------------------------------------------------------------------------------
+
+
+async def inject(url: str, name: str, payload: bytes, chunks: tuple[bytes, ...] = (), nuid: str = "") -> None:
+    """Write to the bucket as a client that is not syncd."""
+    client = await nats.connect(url)
+    try:
+        js = client.jetstream()
+        for chunk in chunks:
+            await js.publish(f"$O.app.C.{nuid}", chunk)
+        await js.publish(f"$O.app.M.{subject_token(name)}", payload, headers={"Nats-Rollup": "sub"})
+    finally:
+        await client.close()
+
+
+BROKEN: dict[str, tuple[dict[str, Any], tuple[bytes, ...]]] = {
+    "flipped": ({}, (b"CONTENT",)),
+    "missing": ({}, ()),
+    "truncated": ({}, (b"conten",)),
+    "extra": ({}, (b"content", b"more")),
+    "reordered": ({"chunks": 2}, (b"ent", b"cont")),
+    "size-lies": ({"size": 8}, (b"content",)),
+    "size-endless": ({"size": 1 << 60}, (b"content",)),
+    "chunks-lie": ({"chunks": 3}, (b"content",)),
+    "no-digest": ({"digest": ""}, (b"content",)),
+    "other-digest": ({"digest": "MD5=abcd"}, (b"content",)),
+}
+
+
+@pytest.mark.fault("O1 O5 O7")
+async def test_broken_objects_are_reported_and_nothing_of_them_is_written(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Each by its name, while good objects beside them go on; what the mirror had under such a name stays."""
+    mirror = tmp_path / "mirror"
+    daemons.start("p", publish(source))
+    subscriber = daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    await inject(nats_server.url, "flipped", raw_meta("flipped", b"good", "v1", bucket="app"), (b"good",), "v1")
+    await eventually((mirror / "flipped").exists)
+    for name, (changes, chunks) in BROKEN.items():
+        meta = raw_meta(name, b"content", f"n-{name}", bucket="app", **changes)
+        await inject(nats_server.url, name, meta, chunks, f"n-{name}")
+    await inject(nats_server.url, "good", raw_meta("good", b"fine", "v2", bucket="app"), (b"fine",), "v2")
+    await eventually(lambda: problems(subscriber).keys() >= BROKEN.keys(), 40)
+    await eventually((mirror / "good").exists)
+    (source / "later").write_text("goes on")
+    await eventually((mirror / "later").exists)
+    assert (mirror / "flipped").read_bytes() == b"good"
+    there = {path.name for path in mirror.iterdir()}
+    assert there & BROKEN.keys() == {"flipped"}
+    await eventually(lambda: litter(mirror) == [])
+    meta = raw_meta("flipped", b"mended", "v3", bucket="app")
+    await inject(nats_server.url, "flipped", meta, (b"mended",), "v3")
+    await eventually(lambda: (mirror / "flipped").read_bytes() == b"mended")
+    await eventually(lambda: "flipped" not in problems(subscriber))
+
+
+@pytest.mark.fault("O1 O2")
+async def test_chunks_that_vanished_are_found_by_the_publisher_and_sent_again(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """A new subscriber reports the file and takes the rest; after a restart of the publisher it has everything."""
+    publisher = daemons.start("p", publish(source))
+    await in_state(publisher, "publish-app", "in_sync")
+    client = await nats.connect(nats_server.url)
+    try:
+        js = client.jetstream()
+        info = await js.stream_info("OBJ_app", subjects_filter="$O.app.C.>")
+        assert info.state.subjects
+        subject = max(info.state.subjects, key=lambda name: info.state.subjects[name])
+        await js.purge_stream("OBJ_app", subject=subject, keep=1)
+    finally:
+        await client.close()
+    mirror = tmp_path / "mirror"
+    subscriber = daemons.start("s", subscribe(mirror))
+    await eventually(lambda: problems(subscriber).get("d/deep/large") == "not_fetched")
+    assert (mirror / "d/f").read_text() == "in d"
+    assert not (mirror / "d/deep/large").exists()
+    assert publisher.stop() == 0
+    publisher.start()
+    await healed(nats_server, source, mirror)
+
+
+HOSTILE = [
+    "../escape", "a/../../escape", "/etc/escape", "a//b", "./a", "..", ".", "a/", "n\0ul", "x" * 300,
+    "/".join(["y" * 200] * 21), ".syncd/journal", ".syncd/stage/x", ".syncd",
+]  # fmt: skip
+
+
+@pytest.mark.fault("P1 P2 P3 P6 K1")
+async def test_hostile_names_are_reported_and_nothing_is_written(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """No name from the wire leads out of the mirror or into its private directory; a merely strange one is a file."""
+    mirror = tmp_path / "nest/mirror"
+    mirror.parent.mkdir()
+    daemons.start("p", publish(source))
+    subscriber = daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    for number, name in enumerate(HOSTILE):
+        try:
+            token = subject_token(name)
+        except Exception:  # noqa: BLE001 - it cannot even be a subject of ours
+            continue
+        assert token
+        meta = raw_meta(name, b"evil", f"h{number}", bucket="app")
+        await inject(nats_server.url, name, meta, (b"evil",), f"h{number}")
+    strange = ["-rf", "a\\b", "new\nline", "\x1b[31mred", "$(reboot)", " ", "<b>", "\u202egnp.exe"]
+    for number, name in enumerate(strange):
+        meta = raw_meta(name, b"fine", f"s{number}", bucket="app")
+        await inject(nats_server.url, name, meta, (b"fine",), f"s{number}")
+    await eventually(lambda: all((mirror / name).read_bytes() == b"fine" for name in strange if (mirror / name).exists()))
+    await eventually(lambda: all((mirror / name).exists() for name in strange))
+    await eventually(lambda: status(subscriber, "subscribe-app").get("problem_count", 0) >= len(HOSTILE) - 2)
+    assert [path.name for path in mirror.parent.iterdir()] == ["mirror"]
+    assert not list(tmp_path.rglob("*escape*"))
+    wanted = {"keep", "d", "link", ".syncd", *strange}
+    assert {path.name for path in mirror.iterdir()} == wanted
+    assert litter(mirror) == []
+
+
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("L1 L4 D5")
+async def test_a_parent_replaced_by_a_symlink_is_not_followed(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Edits, new files, deletes and modes below it are reported and touch nothing outside; then it heals."""
+    mirror, outside = tmp_path / "mirror", tmp_path / "outside"
+    daemons.start("p", publish(source))
+    subscriber = daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    shutil.move(mirror / "d", outside)
+    (mirror / "d").symlink_to(outside)
+    before = snapshot(outside)
+    (source / "d/f").write_text("edited")
+    (source / "d/new").write_text("new")
+    (source / "d/deep/large").unlink()
+    (source / "d/deep").chmod(0o700)
+    await eventually(lambda: "parent_is_symlink" in problems(subscriber).values())
+    (source / "beside").write_text("goes on")
+    await eventually((mirror / "beside").exists)
+    await rounds_later(subscriber, "subscribe-app")
+    assert snapshot(outside) == before
+    (mirror / "d").unlink()
+    await healed(nats_server, source, mirror, seconds=60)
+    assert snapshot(outside) == before
+
+
+@pytest.mark.fault("L8")
+async def test_a_source_directory_replaced_by_a_symlink_and_back_deletes_nothing_elsewhere(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Whatever of it is seen, the target of the link is neither published nor touched, and in the end it is equal."""
+    mirror, outside = tmp_path / "mirror", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("not of this folder")
+    daemons.start("d", publish(source) + subscribe(mirror))
+    await equal_trees(source, mirror)
+    for _ in range(30):
+        (source / "d").rename(tmp_path / "parked")
+        (source / "d").symlink_to(outside)
+        await asyncio.sleep(0.02)  # long enough to be seen now and then
+        (source / "d").unlink()
+        (tmp_path / "parked").rename(source / "d")
+    await healed(nats_server, source, mirror)
+    assert (outside / "secret").read_text() == "not of this folder"
+    assert not list(mirror.rglob("secret"))
+
+
+# -- two of a kind, long absence, lost state -------------------------------------------------------------------------
+
+
+@pytest.mark.fault("C5 O4")
+async def test_of_two_publishers_on_one_folder_one_stops_and_says_why(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """The bucket is one publisher's, whole; nothing of the other's is mixed in, and no chunk is left over."""
+    mirror, other = tmp_path / "mirror", tmp_path / "other"
+    other.mkdir()
+    (other / "keep").write_text("another one's")
+    (other / "foreign").write_bytes(os.urandom(200_000))
+    first = daemons.start("one", publish(source))
+    daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    second = daemons.start("two", publish(other))
+    failed = await in_state(second, "publish-app", "failed")
+    assert str(source) in failed["error"]
+    assert failed["hint"]
+    (source / "d/f").write_text("the first one goes on")
+    await healed(nats_server, source, mirror)
+    assert status(first, "publish-app")["state"] == "in_sync"
+
+
+@pytest.mark.fault("D2")
+async def test_a_subscriber_that_was_away_still_deletes_and_never_resurrects(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Two hundred changes, deletions among them, are made up for at the next start; a stray file stays."""
+    mirror = tmp_path / "mirror"
+    for number in range(150):
+        (source / f"d/n{number}").write_text(str(number))
+    publisher = daemons.start("p", publish(source))
+    subscriber = daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    assert subscriber.stop() == 0
+    for number in range(100):
+        (source / f"d/n{number}").unlink()
+    await eventually(lambda: sum(event["deletes"] for event in publisher.events("published")) >= 100)
+    for number in range(50):
+        (source / f"d/n{number}").write_text(f"again {number}")
+        (source / f"d/n{number + 100}").write_text(f"changed {number}")
+    (source / "d/n0").unlink()
+    await no_orphans(nats_server.url)
+    subscriber.start()
+    await healed(nats_server, source, mirror)
+    assert not (source / "d/n0").exists()
+
+
+@pytest.mark.fault("C6")
+@pytest.mark.parametrize("how", ["deleted", "corrupted"])
+async def test_lost_state_costs_a_scan_and_no_transfer(
+    how: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """Both sides start again without their memory: not one byte of content is sent or fetched."""
+    mirror = tmp_path / "mirror"
+    for number in range(50):
+        (source / f"d/n{number}").write_bytes(os.urandom(1000))
+    publisher = daemons.start("p", publish(source))
+    subscriber = daemons.start("s", subscribe(mirror))
+    await equal_trees(source, mirror)
+    for daemon in (publisher, subscriber):
+        assert daemon.stop() == 0
+        state = daemon.directory / "state"
+        if how == "deleted":
+            shutil.rmtree(state)
+        else:
+            for file in state.rglob("*.db*"):
+                file.write_bytes(os.urandom(5000))
+        daemon.log.unlink()
+        daemon.start()
+    (source / "new").write_bytes(b"7 bytes")
+    await healed(nats_server, source, mirror)
+    assert sum(event["uploaded_bytes"] for event in publisher.events("published")) == 7
+    assert sum(event["downloaded_bytes"] for event in subscriber.events("mirrored")) == 7
+    assert difference(source, mirror) == {}

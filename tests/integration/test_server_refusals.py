@@ -1,0 +1,109 @@
+"""Servers that syncd cannot use are named as what they are: too old, without JetStream, not there, not for us."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.daemon import Daemon
+from tests.support.server import NatsServer, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+FOLDERS = '[[publish]]\nfolder = "app"\npath = "{0}"\n[[subscribe]]\nfolder = "app"\npath = "{0}-mirror"\n'
+
+
+@pytest.fixture(scope="module")
+def old_binary(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """nats-server 2.9 of Debian 12, unpacked, not installed."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        pytest.skip("nats-server 2.9 comes from Debian's packages, and this is no Debian")
+    directory = tmp_path_factory.mktemp("debian")
+    for command in (["true"], ["apt-get", "update", "-qq"]):
+        subprocess.run(command, capture_output=True, check=False, timeout=90)
+        subprocess.run(
+            ["apt-get", "download", "nats-server"], cwd=directory, capture_output=True, check=False, timeout=90
+        )
+        if packages := list(directory.glob("nats-server_*.deb")):
+            break
+    else:
+        pytest.skip("Debian's archive has no nats-server for this release")
+    subprocess.run(["dpkg", "-x", str(packages[0]), str(directory / "root")], check=True, timeout=60)
+    binary = directory / "root/usr/sbin/nats-server"
+    said = subprocess.run([str(binary), "--version"], capture_output=True, text=True, check=True, timeout=20).stdout
+    if not said.startswith(("nats-server: v2.9.", "nats-server: v2.10.", "nats-server: v2.11.")):
+        pytest.skip(f"Debian's {said.strip()} is new enough")
+    return str(binary)
+
+
+@pytest.fixture
+def old_server(tmp_path: Path, old_binary: str) -> Iterator[NatsServer]:
+    server = NatsServer(tmp_path / "old", binary=old_binary).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bare_server(tmp_path: Path) -> Iterator[NatsServer]:
+    server = NatsServer(tmp_path / "bare", jetstream=False).start()
+    yield server
+    server.stop()
+
+
+def daemon(tmp_path: Path, url: str, more: str = "") -> Daemon:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/f").write_text("x")
+    return Daemon(tmp_path / "d", f'[nats]\nservers = ["{url}"]\n{more}' + FOLDERS.format(tmp_path / "source"))
+
+
+@pytest.mark.fault("N7")
+def test_a_server_that_is_too_old_is_named_with_its_version(tmp_path: Path, old_server: NatsServer) -> None:
+    """Every command and the daemon say which version is there and which is needed; the exit code is 69."""
+    host = daemon(tmp_path, old_server.url)
+    for command in (["check"], ["push", "app"], ["pull", "app", str(tmp_path / "out")], ["ls", "app"]):
+        done = host.run(*command)
+        assert (done.returncode, done.stderr.count("\n")) == (69, 1), done.stderr
+        assert "nats-server 2.9" in done.stderr
+        assert "2.12" in done.stderr
+    host.start()
+    try:
+        failed = host.wait_event("round_failed")
+        assert "2.12" in failed["error"] + failed["hint"]
+        assert host.stop() == 0
+    finally:
+        host.kill()
+
+
+def test_a_server_without_jetstream_is_named_as_such(tmp_path: Path, bare_server: NatsServer) -> None:
+    """A clear line with what to do, not a time-out."""
+    host = daemon(tmp_path, bare_server.url)
+    for command in (["check"], ["push", "app"], ["pull", "app", str(tmp_path / "out")]):
+        done = host.run(*command)
+        assert (done.returncode, done.stderr.count("\n")) == (69, 1), done.stderr
+        assert "JetStream" in done.stderr
+
+
+def test_a_server_that_is_not_there_is_an_error_of_one_line(tmp_path: Path) -> None:
+    """A one-shot command gives up after its time and names the address."""
+    port = free_port()
+    done = daemon(tmp_path, f"nats://127.0.0.1:{port}").run("ls", "app")
+    assert (done.returncode, done.stderr.count("\n")) == (69, 1), done.stderr
+    assert f"127.0.0.1:{port}" in done.stderr
+
+
+@pytest.mark.fault("K14")
+def test_a_wrong_password_is_refused_and_not_shown(tmp_path: Path) -> None:
+    """Exit code 77; the password is in no output."""
+    server = NatsServer(tmp_path / "nats", 'authorization { user: "u", password: "right-one" }').start()
+    try:
+        host = daemon(tmp_path, server.url, 'user = "u"\npassword = "wrong-one"\n')
+        done = host.run("ls", "app")
+        assert done.returncode == 77, done.stderr
+        assert "wrong-one" not in done.stderr + done.stdout
+    finally:
+        server.stop()
