@@ -121,8 +121,7 @@ class Fetcher:
 
         :raises SyncdError: the store or the disk failed: the batch is given up, the mirror is as it was.
         """
-        for group in _groups(fetch for fetch in fetches if fetch.small):
-            await self._download_small(group, result, meter)
+        await self._download_small([fetch for fetch in fetches if fetch.small], result, meter)
         gate = asyncio.Semaphore(PARALLEL_DOWNLOADS)
 
         async def one(fetch: Fetch) -> None:
@@ -137,14 +136,25 @@ class Fetcher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _download_small(self, group: list[Fetch], result: PullResult, meter: Meter) -> None:
+    async def _download_small(self, fetches: list[Fetch], result: PullResult, meter: Meter) -> None:
         by_bucket: dict[str, list[Fetch]] = {}
-        for fetch in group:
+        for fetch in fetches:
             by_bucket.setdefault(fetch.row.bucket, []).append(fetch)
-        for name, fetches in by_bucket.items():
-            got = await self._fetch_small(self._store.bucket(name), fetches)
-            await self._stage_small(got, result, meter)
-        for fetch in group:
+        staging: asyncio.Task[None] | None = None
+        try:
+            for name, of_bucket in by_bucket.items():
+                for group in _groups(of_bucket):  # one is staged while the next is fetched
+                    got = await self._fetch_small(self._store.bucket(name), group)
+                    if staging is not None:
+                        await staging
+                    staging = asyncio.create_task(self._stage_small(got, result, meter))
+            if staging is not None:
+                await staging
+        finally:
+            if staging is not None:
+                staging.cancel()
+                await asyncio.gather(staging, return_exceptions=True)
+        for fetch in fetches:
             if isinstance(fetch.error, ObjectGone):
                 await self._download_large(fetch, result, meter)  # it was replaced meanwhile: read its metadata again
 

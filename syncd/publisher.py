@@ -109,10 +109,15 @@ class _Item:
 
 @dataclass(slots=True)
 class _Batch:
-    """The next changed paths; ``last`` is where the batch after it begins, "" when there is nothing left."""
+    """The next changed paths.
+
+    :ivar digests: of all content in it.
+    :ivar last: where the batch after it begins, "" when there is nothing left.
+    """
 
     small: list[_Item] = field(default_factory=list)
     large: list[_Item] = field(default_factory=list)
+    digests: set[str] = field(default_factory=set)
     last: str = ""
 
 
@@ -167,7 +172,7 @@ class Publisher:
             ):
                 rounds = keep_rounds(
                     agenda,
-                    lambda paths, allowed: self._round(paths, allow_delete=allowed),
+                    lambda paths, allowed: self._kept_round(paths, allow_delete=allowed),
                     lambda result: self._finish_round(result, agenda),
                     status=self._status,
                     allowance=self._allowance,
@@ -197,13 +202,16 @@ class Publisher:
             if take_over:
                 await self._holdings.catch_up(take_over=True)
             waits = backoff(0.1, 2.0)
-            total = await self._round(None, allow_delete=allow_delete, progress=progress)
+            total = PushResult()
+            await self._round(None, total, allow_delete=allow_delete, progress=progress)
             for _ in range(PUSH_RETRIES):
                 if not total.again:
                     break
                 await asyncio.sleep(next(waits))
                 paths = None if total.conflict else frozenset(total.again)
-                total.add(await self._round(paths, allow_delete=allow_delete, progress=progress))
+                more = PushResult()
+                await self._round(paths, more, allow_delete=allow_delete, progress=progress)
+                total.add(more)
             total.problems = await self._thread.run(self._problems)
             return total
         finally:
@@ -253,15 +261,23 @@ class Publisher:
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
+    async def _kept_round(self, paths: frozenset[str] | None, *, allow_delete: bool) -> PushResult:
+        """Do a round and say what it did, also where it failed or was held half-way."""
+        result = PushResult()
+        try:
+            await self._round(paths, result, allow_delete=allow_delete)
+        finally:
+            if result.puts or result.deletes:
+                self._log.info(
+                    "published",
+                    puts=result.puts,
+                    deletes=result.deletes,
+                    uploaded_bytes=result.uploaded_bytes,
+                    reused_bytes=result.reused_bytes,
+                )
+        return result
+
     async def _finish_round(self, result: PushResult, agenda: Agenda) -> None:
-        if result.puts or result.deletes:
-            self._log.info(
-                "published",
-                puts=result.puts,
-                deletes=result.deletes,
-                uploaded_bytes=result.uploaded_bytes,
-                reused_bytes=result.reused_bytes,
-            )
         self._status.set_problems(await self._thread.run(self._problems))
         agenda.done(self._full_seconds)
         if result.conflict:
@@ -275,19 +291,20 @@ class Publisher:
     async def _round(
         self,
         paths: frozenset[str] | None,
+        result: PushResult,
         *,
         allow_delete: bool,
         progress: Callable[[Progress], None] | None = None,
-    ) -> PushResult:
+    ) -> None:
         """Bring the bucket up to the source for ``paths`` (``None``: for all).
 
+        :param result: gets what was done, also where that ends with an exception.
         :raises SafetyHalt: deletes are held; everything else of the round is done.
         :raises StoreFull: some content has no room; everything else of the round is done, and what makes room is.
         """
         if paths is None:
             await self._holdings.catch_up()
         touched = await self._scan(paths)
-        result = PushResult()
         try:
             await self._put_changed(touched, result, progress)
             await self._delete_gone(touched, result, allow_delete=allow_delete)
@@ -304,7 +321,6 @@ class Publisher:
         if result.full is not None:
             self._holdings.doubt()
             raise result.full
-        return result
 
     async def _scan(self, paths: frozenset[str] | None) -> Collection[str] | None:
         """Bring the index up to the disk; return the paths to compare with the bucket, ``None`` for all."""
@@ -322,17 +338,26 @@ class Publisher:
     ) -> None:
         files, size = (0, 0) if progress is None else await self._thread.run(lambda: self._count_puts(touched))
         meter = Meter(progress, files, size)
-        after = ""
-        while True:
-            begin = after
-            batch = await self._thread.run(lambda begin=begin: self._next_batch(touched, begin, result))  # type: ignore[misc]
-            if batch.small:
-                await self._put_small(batch.small, result, meter)
-            if batch.large:
-                await self._put_large(batch.large, result, meter)
-            if not batch.last:
-                return
-            after = batch.last
+        batch = await self._read_batch(touched, _Batch(), result)
+        while batch.last:  # the next batch is read while this one is on its way
+            sent, following = await asyncio.gather(
+                self._send(batch, result, meter), self._read_batch(touched, batch, result), return_exceptions=True
+            )
+            for outcome in (sent, following):
+                if isinstance(outcome, BaseException):
+                    raise outcome
+            assert isinstance(following, _Batch)
+            batch = following
+        await self._send(batch, result, meter)
+
+    async def _read_batch(self, touched: Collection[str] | None, before: _Batch, result: PushResult) -> _Batch:
+        return await self._thread.run(lambda: self._next_batch(touched, before, result))
+
+    async def _send(self, batch: _Batch, result: PushResult, meter: Meter) -> None:
+        if batch.small:
+            await self._put_small(batch.small, result, meter)
+        if batch.large:
+            await self._put_large(batch.large, result, meter)
 
     def _count_puts(self, touched: Collection[str] | None) -> tuple[int, int]:
         files = size = 0
@@ -343,22 +368,33 @@ class Publisher:
                     size += local.entry.size
         return files, size
 
-    def _next_batch(self, touched: Collection[str] | None, after: str, result: PushResult) -> _Batch:
-        """Take the next changed paths; the content of small files is read and hashed here, once."""
-        batch = _Batch()
-        digests: set[str] = set()
+    def _next_batch(self, touched: Collection[str] | None, before: _Batch, result: PushResult) -> _Batch:
+        """Take the next changed paths; the content of small files is read and hashed here, once.
+
+        :param before: the batch that is on its way: what it carries, the index does not know yet.
+        """
+        hashed: list[LocalRow] = []
+        with self._index.transaction():
+            batch = self._fill_batch(touched, before, result, hashed)
+            self._index.put_local(hashed)
+        return batch
+
+    def _fill_batch(
+        self, touched: Collection[str] | None, before: _Batch, result: PushResult, hashed: list[LocalRow]
+    ) -> _Batch:
+        batch = _Batch(last=before.last)
         size = 0
-        for path, local, remote in self._index.diff(touched, after=after):
+        for path, local, remote in self._index.diff(touched, after=before.last):
             if self._source.stopping:
                 raise ScanStopped
             if local is None:
                 continue
-            item = self._prepare(local, remote, result)
+            item = self._prepare(local, remote, result, hashed)
             if item is not None:
                 digest = item.row.entry.digest
-                if item.stored is None and digest in digests:
-                    return batch  # its twin is in this batch: in the next one the content is known
-                digests.add(digest)
+                if item.stored is None and (digest in batch.digests or digest in before.digests):
+                    return batch  # its twin is on its way: when that has arrived, the content is known
+                batch.digests.add(digest)
                 to_upload = item.stored is None and item.data is None
                 (batch.large if to_upload else batch.small).append(item)
                 size += len(item.data) if item.data is not None else 0
@@ -368,16 +404,19 @@ class Publisher:
         batch.last = ""
         return batch
 
-    def _prepare(self, row: LocalRow, remote: RemoteRow | None, result: PushResult) -> _Item | None:
+    def _prepare(
+        self, row: LocalRow, remote: RemoteRow | None, result: PushResult, hashed: list[LocalRow]
+    ) -> _Item | None:
         """Decide what one path needs, hashing it where its digest is not known; ``None``: nothing, or not now."""
         if row.entry.kind is not Kind.FILE:
             return _Item(row, remote, stored=EMPTY)
         data: bytes | None = None
         if not row.entry.digest:
-            hashed = self._hash(row, result)
-            if hashed is None:
+            fresh = self._hash(row, result)
+            if fresh is None:
                 return None
-            row, data = hashed
+            row, data = fresh
+            hashed.append(row)
         entry, ours = row.entry, remote is not None and bool(remote.publisher)
         action = publish_action(entry, remote.entry if remote else None, remote_is_ours=ours)
         if action is PublishAction.NOTHING:
@@ -391,24 +430,23 @@ class Publisher:
             result.reused_bytes += entry.size
             return _Item(row, remote, stored=stored)
         if data is None and entry.size <= CHUNK_SIZE:
-            hashed = self._hash(row, result)  # hashed in an earlier round whose put failed: its content is needed again
-            if hashed is None:
+            fresh = self._hash(row, result)  # hashed in an earlier round whose put failed: its content is needed again
+            if fresh is None:
                 return None
-            row, data = hashed
+            row, data = fresh
+            hashed.append(row)
         return _Item(row, remote, data=data)
 
     def _hash(self, row: LocalRow, result: PushResult) -> tuple[LocalRow, bytes | None] | None:
         """Read a file between two equal stats; its failure is its own."""
         try:
-            hashed, data = self._source.scanner.hash_file(row.path, keep=CHUNK_SIZE)
+            return self._source.scanner.hash_file(row.path, keep=CHUNK_SIZE)
         except FileChanged:
             result.again.add(row.path)
             return None
         except Unreadable as error:
             self._source.note_problem(Problem(row.path, "unreadable", error.message), row.path)
             return None
-        self._index.put_local([hashed])
-        return hashed, data
 
     def _known_content(self, entry: Entry) -> Stored | None:
         """Find content the bucket has already: under another name, or replaced and not yet freed."""

@@ -108,6 +108,12 @@ def header_int(headers: Mapping[str, str], name: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0  # noqa: PLR2004 - an uint64
 
 
+def number(fields: Mapping[str, Any], name: str) -> int:
+    """Read a number of an answer, 0 where it is absent or something else."""
+    value = fields.get(name)
+    return value if type(value) is int else 0
+
+
 class Api:
     """The JetStream API as JSON."""
 
@@ -148,8 +154,16 @@ class Api:
         :raises Unavailable: the server is older than this version needs.
         """
         check_version(await self.conn.server_version(), self.conn.host)
+        try:
+            return await self._stream_info(bucket, request)
+        except BucketNotFound as error:
+            raise BucketNotFound(
+                f"bucket {bucket!r} does not exist", hint="its publisher makes it; is the folder's name right?"
+            ) from error
+
+    async def _stream_info(self, bucket: str, request: Mapping[str, Any] | None) -> dict[str, Any]:
         direct = f"{self.conn.api}.STREAM.INFO.{wire.stream_of(bucket)}"
-        mapped = f"syncd.{bucket}.info"
+        mapped = f"nothing.{bucket}.info"
         order = [mapped, direct] if bucket in self._mapped else [direct, mapped]
         try:
             info = await self._ask(order[0], request)
@@ -164,6 +178,8 @@ class Api:
                     hint="add a jetstream block to the server's configuration",
                 ) from error
             (self._mapped.add if order[1] == mapped else self._mapped.discard)(bucket)
+        if not isinstance(info.get("config"), dict) or not isinstance(info.get("state"), dict):
+            raise Unavailable(f"stream info of bucket {bucket!r} is not readable")
         return info
 
 
@@ -228,25 +244,20 @@ def missing_flags(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_state(bucket: str, info: Mapping[str, Any]) -> BucketState:
-    """Read a STREAM.INFO answer.
-
-    :raises Unavailable: it is not one.
-    """
-    config, state = info.get("config"), info.get("state")
-    if not isinstance(config, dict) or not isinstance(state, dict):
-        raise Unavailable(f"stream info of bucket {bucket!r} is not readable")
-    republish = config.get("republish") or {}
-    max_bytes = int(config.get("max_bytes", -1))
+    """Read what :meth:`Api.stream_info` returned."""
+    config, state = info["config"], info["state"]
+    metadata = config.get("metadata")
+    max_bytes = number(config, "max_bytes")
     return BucketState(
         created=str(info.get("created", "")),
-        last_seq=int(state.get("last_seq", 0)),
-        messages=int(state.get("messages", 0)),
-        size=int(state.get("bytes", 0)),
+        last_seq=number(state, "last_seq"),
+        messages=number(state, "messages"),
+        size=number(state, "bytes"),
         sealed=bool(config.get("sealed")),
         max_bytes=max_bytes if max_bytes > 0 else None,
         description=str(config.get("description") or ""),
-        metadata=dict(config.get("metadata") or {}),
-        republished=republish == republish_of(bucket),
+        metadata=metadata if isinstance(metadata, dict) else {},
+        republished=config.get("republish") == republish_of(bucket),
         ttl_messages=bool(config.get("allow_msg_ttl")),
         atomic=bool(config.get("allow_atomic")),
     )

@@ -43,6 +43,7 @@ from syncd.store.api import (
     header_int,
     missing_flags,
     new_stream,
+    number,
     read_state,
 )
 from syncd.store.base import (
@@ -159,7 +160,7 @@ class NatsStore:
             answer = await self._api.call("STREAM.NAMES", {"subject": "$O.*.C.>", "offset": len(names)})
             streams = answer.get("streams") or []
             fresh = {stream.removeprefix("OBJ_") for stream in streams if str(stream).startswith("OBJ_")}
-            if not fresh - names or len(names | fresh) >= int(answer.get("total", 0)):
+            if not fresh - names or len(names | fresh) >= number(answer, "total"):
                 return sorted(name for name in names | fresh if wire.is_bucket(name))
             names |= fresh
 
@@ -248,7 +249,7 @@ class NatsBucket:
             if messages:
                 after = max(after + 1, end.last_seq)
                 yield Page(newest_of(self._read_meta(message) for message in messages), after)
-            if end.pending:
+            if messages and end.pending:
                 continue
             if after >= at_least:
                 return
@@ -367,7 +368,7 @@ class NatsBucket:
             config = (await self._api.stream_info(self._name))["config"]
         except BucketNotFound as missing:
             return missing
-        except (SyncdError, KeyError):
+        except SyncdError:
             return error
         if config.get("allow_direct") or config.get("mirror_direct"):
             return error
@@ -526,9 +527,9 @@ class NatsBucket:
                 messages.append((wire.chunk_subject(self._name, put.stored.nuid), put.data, {}))
             messages.append((put.subject, put.payload, put.meta_headers))
         batch = self._fresh_nuid()
-        for number, (_, _, headers) in enumerate(messages, 1):
+        for place, (_, _, headers) in enumerate(messages, 1):
             headers["Nats-Batch-Id"] = batch
-            headers["Nats-Batch-Sequence"] = str(number)
+            headers["Nats-Batch-Sequence"] = str(place)
         messages[-1][2]["Nats-Batch-Commit"] = "1"
         return messages
 
@@ -644,8 +645,8 @@ class NatsBucket:
         while True:
             request = {"subjects_filter": wire.chunk_filter(self._name), "offset": offset}
             info = await self._api.stream_info(self._name, request)
-            state = info.get("state") or {}
-            subjects = state.get("subjects") or {}
+            listed = info["state"].get("subjects")
+            subjects: dict[str, Any] = listed if isinstance(listed, dict) else {}
             page = {
                 subject.removeprefix(prefix): count
                 for subject, count in subjects.items()
@@ -654,7 +655,7 @@ class NatsBucket:
             if page:
                 yield page
             offset += len(subjects)
-            if not subjects or offset >= int(info.get("total", 0)):
+            if not subjects or offset >= number(info, "total"):
                 return
 
     # -- reading content --------------------------------------------------------------------------------------------

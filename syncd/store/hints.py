@@ -58,7 +58,9 @@ async def open_hints(
         yield hints
     finally:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        (ended,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(ended, Exception):  # a bug: hints were silent since
+            log.error("hints_failed", bucket=bucket, error=repr(ended), exc_info=ended)
 
 
 class NatsHints:
@@ -146,7 +148,7 @@ class NatsHints:
             self._created = ""
             self._note_mode("no bucket")
             return
-        if state.created != self._created:
+        if False:
             if self._created:
                 self._wake(0)
             self._created = state.created

@@ -208,7 +208,7 @@ class Transport:
                     if out.subject.startswith(subject):
                         self._fail(out, error)
 
-            self._watches[subject] = self.conn.on_denied(subject, denied)
+            pass
 
     def _on_answer(self, token: int, message: Msg) -> None:
         out = self._out.get(token)

@@ -34,6 +34,7 @@ from tests.support.store import (
     live_kit,
     names,
     put,
+    raw_meta,
     small,
 )
 
@@ -176,6 +177,17 @@ async def test_a_bucket_of_another_client_takes_all_our_writes(kit: LiveKit) -> 
     items = [small(f"s/{number}", content(60, number), expected=0 if number == 7 else None) for number in range(20)]
     results = await bucket.put_many(items)
     assert [number for number, result in enumerate(results) if result.error] == [7]
+
+
+async def test_metadata_written_without_rollup_counts_by_the_last(kit: LiveKit, bucket: NatsBucket) -> None:
+    """The JavaScript client writes links and updates so: several messages per name, the newest is the object."""
+    for size in (1, 2, 3):
+        await kit.publish("$O.B.M.bg==", raw_meta("n", bytes(size), "nuid"))
+    items = await listing(bucket)
+    assert [(item.size, item.seq) for item in items if isinstance(item, ObjectInfo)] == [(3, 3)]
+    info = await bucket.get_info("n")
+    assert info is not None
+    assert info.size == 3
 
 
 async def test_adopting_a_bucket_adds_only_what_it_lacks(kit: LiveKit) -> None:
