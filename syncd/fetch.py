@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from syncd.errors import DiskProblem, ObjectCorrupt, ObjectGone, SyncdError
 from syncd.index import LocalRow, RemoteRow
 from syncd.model import Entry, Kind, Problem
-from syncd.retry import backoff
 from syncd.store.mapping import object_info, remote_row
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ SMALL_FILE = 64 * 1024
 FETCH_ITEMS = 500
 FETCH_BYTES = 4 * 1024 * 1024
 PARALLEL_DOWNLOADS = 4
+PARALLEL_REFETCHES = 64
 FETCH_TRIES = 4
 
 Row = tuple[str, LocalRow | None, RemoteRow | None]
@@ -122,13 +122,19 @@ class Fetcher:
         :raises SyncdError: the store or the disk failed: the batch is given up, the mirror is as it was.
         """
         await self._download_small([fetch for fetch in fetches if fetch.small], result, meter)
-        gate = asyncio.Semaphore(PARALLEL_DOWNLOADS)
+        large = [fetch for fetch in fetches if not fetch.small]
+        await self._download_side_by_side(large, PARALLEL_DOWNLOADS, result, meter)
+
+    async def _download_side_by_side(
+        self, fetches: list[Fetch], at_once: int, result: PullResult, meter: Meter
+    ) -> None:
+        gate = asyncio.Semaphore(at_once)
 
         async def one(fetch: Fetch) -> None:
             async with gate:
                 await self._download_large(fetch, result, meter)
 
-        tasks = [asyncio.create_task(one(fetch)) for fetch in fetches if not fetch.small]
+        tasks = [asyncio.create_task(one(fetch)) for fetch in fetches]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -154,9 +160,9 @@ class Fetcher:
             if staging is not None:
                 staging.cancel()
                 await asyncio.gather(staging, return_exceptions=True)
-        for fetch in fetches:
-            if isinstance(fetch.error, ObjectGone):
-                await self._download_large(fetch, result, meter)  # it was replaced meanwhile: read its metadata again
+        # Replaced meanwhile: their metadata is read again. Or broken, however many: that must not hold up the others.
+        gone = [fetch for fetch in fetches if isinstance(fetch.error, ObjectGone)]
+        await self._download_side_by_side(gone, PARALLEL_REFETCHES, result, meter)
 
     async def _fetch_small(self, bucket: Bucket, fetches: list[Fetch]) -> list[tuple[Fetch, bytes]]:
         """Return the content of each, asked for once where several paths announce the same object."""
@@ -189,15 +195,13 @@ class Fetcher:
 
     async def _download_large(self, fetch: Fetch, result: PullResult, meter: Meter) -> None:
         bucket = self._store.bucket(fetch.row.bucket)
-        waits = backoff(0.05, 1.0)
         for _ in range(FETCH_TRIES):
             try:
                 await self._download_once(bucket, fetch, meter)
             except ObjectGone as error:
                 fetch.error = error
                 if not await self._refresh(bucket, fetch):
-                    # Deleted, or a replica that is behind: the next catch-up tells the one, time mends the other.
-                    await asyncio.sleep(next(waits))
+                    return  # deleted, which the next catch-up tells; or broken: tried again later
             except ObjectCorrupt as error:
                 fetch.error = error
                 return

@@ -29,6 +29,9 @@ AUDIT_SECONDS = 3600.0
 AUDIT_FACTOR = 20
 """Doubt brings an audit forward, but at most some 5 % of the time is spent on audits."""
 MIN_AUDIT_SECONDS = 1.0
+RESERVE_BYTES = 128 * 1024
+RESERVE_SHARE = 16
+"""What puts leave free of a limited bucket, at most this part of it: a tombstone needs room before it makes room."""
 MAX_AUDITED_NUIDS = 500_000
 
 
@@ -80,6 +83,7 @@ class Holdings:
         self._next_audit = 0.0
         self._earliest_audit = 0.0
         self._began = False
+        self._limited = False
         self.last_seq = 0
 
     def wrote(self, *seqs: int) -> None:
@@ -97,6 +101,7 @@ class Holdings:
         :raises FolderTaken: it has another publisher.
         """
         state = await self._state()
+        self._limited = state.max_bytes is not None
         if state.sealed:
             raise BucketSealed(
                 f"bucket {self._options.folder!r} is sealed",
@@ -203,6 +208,15 @@ class Holdings:
         renamed = not item.deleted and item.chunks > 0 and bool(self._index.nuids([item.nuid]))
         return replaced or renamed
 
+    async def room(self) -> int | None:
+        """Return the bytes that puts may take now; ``None``: as many as they like."""
+        if not self._limited:
+            return None
+        state = await self._bucket.state()
+        if state.max_bytes is None:
+            return None
+        return state.max_bytes - min(RESERVE_BYTES, state.max_bytes // RESERVE_SHARE) - state.size
+
     async def _audit(self) -> None:
         """Find chunks that nothing announces (freed later), and announcements whose chunks are gone (put again)."""
         counts: dict[str, int] = {}
@@ -225,15 +239,16 @@ class Holdings:
         known = self._index.nuids(ours) | self._index.garbage_nuids(ours)
         orphans = [nuid for nuid in ours if nuid not in known]
         damaged = [
-            row.path
+            (row.path, row.nuid)
             for row in self._index.iter_remote()
             if row.publisher and row.chunks and counts.get(row.nuid, 0) != row.chunks
         ]
+        remains = {nuid for _, nuid in damaged if nuid.startswith(NUID_PREFIX) and nuid in counts}
         with self._index.transaction():
-            for nuid in orphans:
+            for nuid in [*orphans, *remains]:
                 self._index.add_garbage(nuid, self._clock(), None)
             # Forgetting the rows makes the next diff put the content again, under a nuid of its own.
-            self._index.drop_remote(damaged)
+            self._index.drop_remote([path for path, _ in damaged])
         return len(orphans), len(damaged)
 
     async def free_garbage(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -61,6 +61,8 @@ PARALLEL_UPLOADS = 4
 PARALLEL_DELETES = 64
 DELETE_PAGE = 1000
 PUSH_RETRIES = 5
+CHUNK_OVERHEAD = 256
+META_OVERHEAD = 2048
 HALT_WINDOW_SECONDS = 600.0
 """Deletes are judged against the most paths published within this time: ``rm -r`` arrives in pieces."""
 EVERYWHERE = frozenset({"", IGNORE_FILE})
@@ -111,12 +113,14 @@ class _Item:
 class _Batch:
     """The next changed paths.
 
+    :ivar twins: content that an earlier path of this batch, or of the one before it, brings to the bucket.
     :ivar digests: of all content in it.
     :ivar last: where the batch after it begins, "" when there is nothing left.
     """
 
     small: list[_Item] = field(default_factory=list)
     large: list[_Item] = field(default_factory=list)
+    twins: list[_Item] = field(default_factory=list)
     digests: set[str] = field(default_factory=set)
     last: str = ""
 
@@ -355,9 +359,30 @@ class Publisher:
 
     async def _send(self, batch: _Batch, result: PushResult, meter: Meter) -> None:
         if batch.small:
-            await self._put_small(batch.small, result, meter)
+            await self._put_small(await self._fitting(batch.small, result), result, meter)
         if batch.large:
-            await self._put_large(batch.large, result, meter)
+            await self._put_large(await self._fitting(batch.large, result), result, meter)
+        if batch.twins:
+            twins = await self._thread.run(lambda: self._resolve_twins(batch.twins, result))
+            await self._put_small(await self._fitting(twins, result), result, meter)
+
+    async def _fitting(self, items: list[_Item], result: PushResult) -> list[_Item]:
+        """Leave out what a limited bucket has no room for; what is smaller goes on."""
+        room = await self._holdings.room()
+        if room is None:
+            return items
+        fitting = []
+        for item in items:
+            size = _size_in_bucket(item)
+            if size <= room:
+                room -= size
+                fitting.append(item)
+            else:
+                result.full = StoreFull(
+                    f"bucket {self._options.folder!r} has no room for {printable(item.row.path)}",
+                    hint="raise max_bytes of the bucket, or remove files",
+                )
+        return fitting
 
     def _count_puts(self, touched: Collection[str] | None) -> tuple[int, int]:
         files = size = 0
@@ -382,7 +407,7 @@ class Publisher:
     def _fill_batch(
         self, touched: Collection[str] | None, before: _Batch, result: PushResult, hashed: list[LocalRow]
     ) -> _Batch:
-        batch = _Batch(last=before.last)
+        batch = _Batch()
         size = 0
         for path, local, remote in self._index.diff(touched, after=before.last):
             if self._source.stopping:
@@ -393,13 +418,15 @@ class Publisher:
             if item is not None:
                 digest = item.row.entry.digest
                 if item.stored is None and (digest in batch.digests or digest in before.digests):
-                    return batch  # its twin is on its way: when that has arrived, the content is known
-                batch.digests.add(digest)
-                to_upload = item.stored is None and item.data is None
-                (batch.large if to_upload else batch.small).append(item)
-                size += len(item.data) if item.data is not None else 0
+                    batch.twins.append(replace(item, data=None))
+                else:
+                    batch.digests.add(digest)
+                    to_upload = item.stored is None and item.data is None
+                    (batch.large if to_upload else batch.small).append(item)
+                    size += len(item.data) if item.data is not None else 0
             batch.last = path
-            if len(batch.small) >= BATCH_ITEMS or size >= BATCH_BYTES or len(batch.large) >= PARALLEL_UPLOADS:
+            items = len(batch.small) + len(batch.twins)
+            if items >= BATCH_ITEMS or size >= BATCH_BYTES or len(batch.large) >= PARALLEL_UPLOADS:
                 return batch
         batch.last = ""
         return batch
@@ -454,6 +481,18 @@ class Publisher:
         if row is not None and row.publisher:
             return stored_of(row)
         return self._index.take_garbage(entry.digest, entry.size)
+
+    def _resolve_twins(self, items: Iterable[_Item], result: PushResult) -> list[_Item]:
+        """Announce content that has arrived meanwhile; what has not is tried again by itself."""
+        resolved = []
+        for item in items:
+            stored = self._known_content(item.row.entry)
+            if stored is None:
+                result.again.add(item.row.path)
+                continue
+            result.reused_bytes += item.row.entry.size
+            resolved.append(replace(item, stored=stored))
+        return resolved
 
     def _meta(self, row: LocalRow) -> ObjectMeta:
         return object_meta(row.path, row.entry, publisher=self._options.publisher, extra=self._options.metadata)
@@ -649,6 +688,13 @@ async def _feed_paths(watcher: PathWatcher, agenda: Agenda) -> None:
             agenda.full()
         if hints.paths:
             agenda.hint(hints.paths)
+
+
+def _size_in_bucket(item: _Item) -> int:
+    """Estimate the bytes that a put takes, headers and metadata included; rather too many."""
+    content = 0 if item.stored is not None else item.row.entry.size
+    chunks = -(-content // CHUNK_SIZE)
+    return content + chunks * CHUNK_OVERHEAD + META_OVERHEAD + 4 * len(item.row.path.encode())
 
 
 def _announced(row: LocalRow, stored: Stored, seq: int, options: PublishOptions) -> RemoteRow:

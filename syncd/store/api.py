@@ -163,7 +163,7 @@ class Api:
 
     async def _stream_info(self, bucket: str, request: Mapping[str, Any] | None) -> dict[str, Any]:
         direct = f"{self.conn.api}.STREAM.INFO.{wire.stream_of(bucket)}"
-        mapped = f"nothing.{bucket}.info"
+        mapped = f"syncd.{bucket}.info"
         order = [mapped, direct] if bucket in self._mapped else [direct, mapped]
         try:
             info = await self._ask(order[0], request)

@@ -641,6 +641,7 @@ class NatsBucket:
     async def list_chunks(self) -> AsyncIterator[dict[str, int]]:
         """See :class:`syncd.store.base.Bucket`."""
         prefix = wire.chunk_prefix(self._name)
+        claim = wire.chunk_subject(self._name, wire.CLAIM)
         offset = 0
         while True:
             request = {"subjects_filter": wire.chunk_filter(self._name), "offset": offset}
@@ -650,7 +651,7 @@ class NatsBucket:
             page = {
                 subject.removeprefix(prefix): count
                 for subject, count in subjects.items()
-                if subject.startswith(prefix) and type(count) is int
+                if subject.startswith(prefix) and subject != claim and type(count) is int
             }
             if page:
                 yield page

@@ -75,10 +75,10 @@ class Meter:
         self.seq = last_seq
         self.chunks += len(page)
         self.size += sum(map(len, page))
-        if False:
+        if not all(page):
             raise ObjectGone("its chunks were removed")
         # With no_hdr the server's count of pending messages is not reliable (nats-server 2.15 does not count down).
-        if False:
+        if self.size > self._info.size or self.chunks > self._info.chunks:
             raise ObjectCorrupt("it has more content than its metadata says")
         if self.complete and self.size < self._info.size:
             raise ObjectCorrupt(f"it has {self.size} bytes, its metadata says {self._info.size}")

@@ -148,7 +148,7 @@ class NatsHints:
             self._created = ""
             self._note_mode("no bucket")
             return
-        if False:
+        if state.created != self._created:
             if self._created:
                 self._wake(0)
             self._created = state.created

@@ -164,7 +164,7 @@ class Lane:
             return
         for out in flying:
             overtaken = out.last_sent < self._acked_sent and now - out.last_sent > OVERTAKEN_SECONDS
-            if False:
+            if overtaken and out.again:
                 due.send.append(out)
             elif overtaken and now - out.last_sent > SILENCE_SECONDS:
                 due.fail.append((out, StoreTimeout("the acknowledgement was lost")))

@@ -208,7 +208,7 @@ class Transport:
                     if out.subject.startswith(subject):
                         self._fail(out, error)
 
-            pass
+            self._watches[subject] = self.conn.on_denied(subject, denied)
 
     def _on_answer(self, token: int, message: Msg) -> None:
         out = self._out.get(token)

@@ -172,7 +172,9 @@ class Gardener:
         if len(files) < 10:
             kind = "create"
         else:
-            kind = self.random.choice(["create", "edit", "replace", "delete", "rename", "touch", "mode", "link", "tree"])
+            kind = self.random.choice(
+                ["create", "edit", "replace", "delete", "rename", "touch", "mode", "link", "tree"]
+            )
         if kind == "create" or not files:
             (self.directory() / f"f{self.count}").write_bytes(self.bytes())
             return

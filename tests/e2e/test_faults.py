@@ -15,7 +15,6 @@ import pytest
 
 from syncd.paths import subject_token
 from tests.e2e.conftest import (
-
     EAGER_PUBLISH,
     Daemons,
     bucket_exists,
@@ -531,7 +530,9 @@ async def test_hostile_names_are_reported_and_nothing_is_written(
     for number, name in enumerate(strange):
         meta = raw_meta(name, b"fine", f"s{number}", bucket="app")
         await inject(nats_server.url, name, meta, (b"fine",), f"s{number}")
-    await eventually(lambda: all((mirror / name).read_bytes() == b"fine" for name in strange if (mirror / name).exists()))
+    await eventually(
+        lambda: all((mirror / name).read_bytes() == b"fine" for name in strange if (mirror / name).exists())
+    )
     await eventually(lambda: all((mirror / name).exists() for name in strange))
     await eventually(lambda: status(subscriber, "subscribe-app").get("problem_count", 0) >= len(HOSTILE) - 2)
     assert [path.name for path in mirror.parent.iterdir()] == ["mirror"]
