@@ -91,7 +91,11 @@ class Holdings:
         self.last_seq = max(self.last_seq, *seqs)
 
     def doubt(self) -> None:
-        """A write failed, and what of it the server has stored nobody knows: audit soon."""
+        """Nobody knows what the server has stored: audit soon.
+
+        A write failed; or the server was away: one that was killed may bring back content that was freed just before
+        (nats-server 2.15: acknowledged messages survive, removals only once they are flushed).
+        """
         self._next_audit = min(self._next_audit, self._earliest_audit)
 
     async def catch_up(self, *, take_over: bool = False) -> None:
@@ -117,10 +121,14 @@ class Holdings:
         if self._clock() < self._next_audit:
             await self._read(position, after=position)
         if self._clock() >= self._next_audit:  # the timer, or what was just read
+            started = self._clock()
             await self._thread.run(self._index.begin_listing)
             await self._read(0, after=position)
             await self._thread.run(self._index.drop_unlisted)
             await self._audit()
+            now = self._clock()
+            self._next_audit = now + AUDIT_SECONDS
+            self._earliest_audit = now + max(MIN_AUDIT_SECONDS, AUDIT_FACTOR * (now - started))
         self._began = True
 
     async def _state(self) -> BucketState:
@@ -220,7 +228,6 @@ class Holdings:
     async def _audit(self) -> None:
         """Find chunks that nothing announces (freed later), and announcements whose chunks are gone (put again)."""
         counts: dict[str, int] = {}
-        started = self._clock()
         async for page in self._bucket.list_chunks():
             counts.update(page)
             if len(counts) > MAX_AUDITED_NUIDS:
@@ -230,9 +237,6 @@ class Holdings:
             orphans, damaged = await self._thread.run(lambda: self._compare_chunks(counts))
             if orphans or damaged:
                 self._log.info("bucket_audited", orphans=orphans, damaged=damaged)
-        now = self._clock()
-        self._next_audit = now + AUDIT_SECONDS
-        self._earliest_audit = now + max(MIN_AUDIT_SECONDS, AUDIT_FACTOR * (now - started))
 
     def _compare_chunks(self, counts: dict[str, int]) -> tuple[int, int]:
         ours = [nuid for nuid in counts if nuid.startswith(NUID_PREFIX)]

@@ -19,6 +19,7 @@ import contextlib
 import re
 import sqlite3
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from syncd.paths import ancestors, from_sort_key, parent, sort_key
 from syncd.store.base import Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
 log = structlog.get_logger()
@@ -85,7 +86,8 @@ _LOCAL = (*_ENTRY, "st_size", "st_mtime", "st_ctime", "st_ino", "st_dev", "hashe
 _REMOTE = (*_ENTRY, "bucket", "name", "nuid", "chunks", "chunk_size", "seq", "publisher", "via")
 
 
-def _columns(names: Sequence[str], table: str = "") -> str:
+@cache
+def _columns(names: tuple[str, ...], table: str = "") -> str:
     return ", ".join(f"{table}.{name}" if table else name for name in names)
 
 
@@ -172,12 +174,13 @@ class RemoteRow:
 
 def _pack(digest: str) -> bytes | str:
     """Store a digest in half the bytes; what is not one (another client's metadata) is kept as it is."""
-    if len(digest) == _DIGEST_CHARS:
-        with contextlib.suppress(ValueError):
-            raw = bytes.fromhex(digest)
-            if raw.hex() == digest:
-                return raw
-    return digest
+    if len(digest) != _DIGEST_CHARS:
+        return digest
+    try:
+        raw = bytes.fromhex(digest)
+    except ValueError:
+        return digest
+    return raw if raw.hex() == digest else digest
 
 
 def _unpack(value: bytes | str) -> str:
@@ -426,7 +429,7 @@ class Index:
         finally:
             self._open_transaction = False
 
-    def _pages(self, table: str, columns: Sequence[str], below: str) -> Iterator[Row]:
+    def _pages(self, table: str, columns: tuple[str, ...], below: str) -> Iterator[Row]:
         """Yield a subtree's rows in key order, a page at a time, so that the caller may write in between."""
         after, end = _range(below)
         compare = ">="
@@ -765,15 +768,14 @@ class Index:
         """Return content that is to be announced again, the youngest of several, and forget it as garbage."""
         if not digest:
             return None
-        with self.transaction():
-            row = self._row(
-                "SELECT nuid, chunks, size, digest, sha256, chunk_size FROM garbage "
-                "WHERE known AND digest = ? AND size = ? ORDER BY since DESC LIMIT 1",
-                (_pack(digest), size),
-            )
-            if row is None:
-                return None
-            self._rows("DELETE FROM garbage WHERE nuid = ?", (row[0],))
+        row = self._row(
+            "SELECT nuid, chunks, size, digest, sha256, chunk_size FROM garbage "
+            "WHERE known AND digest = ? AND size = ? ORDER BY since DESC LIMIT 1",
+            (_pack(digest), size),
+        )
+        if row is None:
+            return None
+        self._run("DELETE FROM garbage WHERE nuid = ?", (row[0],))
         return _stored(row)
 
     def due_garbage(self, before: float, limit: int = 1000) -> list[str]:

@@ -254,8 +254,11 @@ class Publisher:
     async def _feed_bucket(self, hints: Hints, agenda: Agenda) -> None:
         """A reconnect, or a write that is not ours, asks for a full round."""
         while True:
+            started = time.monotonic()
             seq = await hints.wait(self._options.rescan_seconds)
             if seq == 0:
+                if time.monotonic() - started < self._options.rescan_seconds - 0.1:  # not the timer: a new connection
+                    self._holdings.doubt()
                 agenda.wake()
             elif seq > self._holdings.last_seq:
                 await asyncio.sleep(HINT_GRACE_SECONDS)
@@ -322,8 +325,9 @@ class Publisher:
             entries, size = await self._thread.run(lambda: (self._index.count_local(), self._index.local_bytes()))
             self._status.set(entries=entries, bytes=size)
         await self._holdings.free_garbage()
-        if result.full is not None:
+        if result.full is not None or result.conflict:
             self._holdings.doubt()
+        if result.full is not None:
             raise result.full
 
     async def _scan(self, paths: frozenset[str] | None) -> Collection[str] | None:

@@ -76,8 +76,12 @@ class SubscribeOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """A path that could not be brought up to ``seq``: tried again later and later, at once when it changes."""
+    """A path that could not be brought up to ``seq``: tried again later and later.
 
+    At once when it changes, or anything below it: a file waits for the deletions that empty the directory in its way.
+    """
+
+    problem: Problem
     seq: int
     tries: int
     not_before: float
@@ -242,6 +246,8 @@ class Subscriber:
         hinted, self._hinted = self._hinted, 0
         listing = full and (started >= self._list_at or self._announced.listing_wanted)
         touched = await self._announced.catch_up(full=listing, hinted=hinted)
+        for path in touched or ():
+            self._failures.pop(path, None)
         if full:
             await self._thread.run(self._drift.check)
             touched = None
@@ -332,7 +338,10 @@ class Subscriber:
             # No object describes the directory, or none any more, but there are objects below it.
             return local is not None and local.entry.kind is Kind.DIR and self._index.has_remote_below(path)
         failure = self._failures.get(path)
-        return failure is not None and failure.seq == remote.seq and self._clock() < failure.not_before
+        if failure is None or failure.seq != remote.seq or self._clock() >= failure.not_before:
+            return False
+        self._drift.problems.note(failure.problem)  # a full check forgets all, and this one is not tried now
+        return True
 
     async def _apply_batch(self, rows: list[Row], result: PullResult, meter: Meter) -> None:
         """Stage, verify and apply one batch."""
@@ -344,7 +353,7 @@ class Subscriber:
         seqs = {path: remote.seq for path, _, remote in rows if remote is not None}
         for problem in outcome.problems:
             self._drift.problems.note(problem)
-            self._note_failure(problem.path, seqs)
+            self._note_failure(problem, seqs)
         for placed in outcome.placed:
             self._failures.pop(placed.path, None)
             self._drift.problems.clear(placed.path)
@@ -354,14 +363,15 @@ class Subscriber:
         result.placed += sum(1 for placed in outcome.placed if placed.entry is not None)
         result.removed += sum(1 for placed in outcome.placed if placed.entry is None)
 
-    def _note_failure(self, path: str, seqs: Mapping[str, int]) -> None:
+    def _note_failure(self, problem: Problem, seqs: Mapping[str, int]) -> None:
+        path = problem.path
         seq = seqs.get(path)
         if seq is None or len(self._failures) >= MAX_FAILURES:
             return
         before = self._failures.get(path)
         tries = before.tries + 1 if before is not None and before.seq == seq else 0
         wait = min(MAX_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(tries, 10))
-        self._failures[path] = _Failure(seq, tries, self._clock() + wait)
+        self._failures[path] = _Failure(problem, seq, tries, self._clock() + wait)
 
     # -- commit ------------------------------------------------------------------------------------------------------
 
@@ -388,8 +398,9 @@ class Subscriber:
             fetch = fetches.get(path)
             if fetch is not None:
                 if fetch.error is not None:
-                    self._drift.problems.note(Problem(path, "not_fetched", fetch.error.message))
-                    self._note_failure(path, {path: remote.seq})
+                    problem = Problem(path, "not_fetched", fetch.error.message)
+                    self._drift.problems.note(problem)
+                    self._note_failure(problem, {path: remote.seq})
                     continue
                 want, staged = fetch.row.entry, fetch.staged
                 if fetch.in_place is not None:

@@ -112,7 +112,20 @@ async def no_orphans(url: str, folder: str = "app", seconds: float = FREED_SECON
             if not left:
                 return
             await asyncio.sleep(0.2)
-    raise AssertionError(f"chunks that nothing announces: {sorted(left)[:5]}")
+    raise AssertionError(f"{len(left)} contents that nothing announces: {await _describe(url, folder, left)}")
+
+
+async def _describe(url: str, folder: str, nuids: set[str]) -> list[str]:
+    client = await nats.connect(url)
+    try:
+        js = client.jetstream()
+        found = []
+        for nuid in sorted(nuids)[:5]:
+            last = await js.get_last_msg(f"OBJ_{folder}", f"$O.{folder}.C.{nuid}")
+            found.append(f"{nuid} ends with #{last.seq}: {len(last.data or b'')} bytes, {last.headers}, {last.time}")
+        return found
+    finally:
+        await client.close()
 
 
 async def delete_bucket(url: str, folder: str = "app") -> None:
@@ -146,6 +159,9 @@ async def healed(server: NatsServer, source: Path, *mirrors: Path, folder: str =
 # -- a source in motion ----------------------------------------------------------------------------------------------
 
 
+KINDS = ["create", "edit", "replace", "delete", "rename", "touch", "mode", "link", "tree"]
+
+
 class Gardener:
     """Changes a tree at random, reproducibly: every kind of change that a directory can undergo."""
 
@@ -172,9 +188,7 @@ class Gardener:
         if len(files) < 10:
             kind = "create"
         else:
-            kind = self.random.choice(
-                ["create", "edit", "replace", "delete", "rename", "touch", "mode", "link", "tree"]
-            )
+            kind = self.random.choice(KINDS)
         if kind == "create" or not files:
             (self.directory() / f"f{self.count}").write_bytes(self.bytes())
             return

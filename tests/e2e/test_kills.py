@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # Taken out of the environment: syncd refuses variables that look like its keys.
 KILLS = int(os.environ.pop("SYNCD_TEST_KILLS", "20"))
+SERIES = os.environ.pop("SYNCD_TEST_SERIES", "p s n psn").split()
 SEED = int(os.environ.pop("SYNCD_TEST_SEED", str(int(time.time()))))
 
 
@@ -218,7 +219,7 @@ async def test_killed_at_random_moments_while_the_tree_changes(
     subscriber = daemons.start("s", subscribe(mirror))
     await equal_trees(source, mirror)
     every: dict[str, Daemon | NatsServer] = {"p": publisher, "s": subscriber, "n": nats_server}
-    for roles in ("p", "s", "n", "psn"):
+    for roles in SERIES:
         print(roles)
         victims = {role: every[role] for role in roles}
         async with gardening(gardener):
