@@ -45,6 +45,7 @@ class Agenda:
         self._not_before: dict[str, float] = {}
         self._tries: dict[str, int] = {}
         self._full_at = now()
+        self._last_full = now()
         self._hold_until = 0.0
         self._halted = False
         self._had_hints = False
@@ -77,10 +78,12 @@ class Agenda:
         if not self._hints:
             self._tries.clear()
             self._not_before.clear()
-        wait = self._rescan
+        now = self._now()
+        quiet = max(MIN_QUIET_SECONDS, QUIET_FACTOR * duration)
+        # Where it never gets quiet the timer counts from the last full round, not from the last hint.
+        self._full_at = max(now + MIN_QUIET_SECONDS, self._last_full + self._rescan)
         if self._had_hints:  # events are known to get lost in bursts: look at everything once it is quiet
-            wait = min(wait, max(MIN_QUIET_SECONDS, QUIET_FACTOR * duration))
-        self._full_at = self._now() + wait
+            self._full_at = min(self._full_at, now + quiet)
 
     def again(self, paths: Iterable[str]) -> None:
         """Paths were not quiet: each is due again, every time a little later. A constant writer starves only itself."""
@@ -127,7 +130,8 @@ class Agenda:
     def _take_all(self) -> None:
         self._hints.clear()
         self._had_hints = False
-        self._full_at = self._now() + self._rescan
+        self._last_full = self._now()
+        self._full_at = self._last_full + self._rescan
 
     def _take(self, ready: frozenset[str]) -> frozenset[str]:
         for path in ready:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Literal
 
 import structlog
@@ -15,10 +16,12 @@ from syncd.problems import ProblemBook
 if TYPE_CHECKING:
     from syncd.index import Index
     from syncd.mirror import Disk, Mirror
+    from syncd.plan import MirrorPlan
 
 log = structlog.get_logger()
 
 DriftPolicy = Literal["repair", "report", "keep"]
+IN_FLIGHT = "in_flight"
 
 
 class DriftCheck:
@@ -36,6 +39,46 @@ class DriftCheck:
         self.problems = ProblemBook(self._log, "path_problem")
         self.held: dict[str, Stat | None] = {}
         self.stopping = False
+        self._in_flight: dict[str, Entry | None] = {}
+
+    def expect(self, plan: MirrorPlan) -> None:
+        """Note what a commit is about to do.
+
+        A crash after the commit and before it is remembered leaves paths that the index does not know. Without this
+        note they would be a stranger's: kept for ever, if they are deleted upstream before the next start.
+        """
+        for gone in (*plan.clear, *plan.remove):
+            self._in_flight[gone.path] = None
+        for made in plan.make_dirs:
+            self._in_flight[made.path] = Entry(Kind.DIR, 0, 0)
+        self._in_flight |= {step.path: step.entry for step in plan.place} | {
+            step.path: step.entry for step in plan.set_meta
+        }
+        lines = [[path, None if entry is None else astuple(entry)] for path, entry in self._in_flight.items()]
+        self._index.set_note(IN_FLIGHT, json.dumps(lines))
+
+    def remembered(self) -> None:
+        """The commit is in the index."""
+        self._in_flight.clear()
+        self._index.set_note(IN_FLIGHT, "")
+
+    def settle(self) -> None:
+        """After a crash: take into the index what the last commit did, as far as it is there to be seen."""
+        rows: list[LocalRow] = []
+        gone: list[str] = []
+        for path, expected in _read_note(self._index.note(IN_FLIGHT)):
+            disk = self._mirror.look(path)
+            if disk is None and expected is None:
+                gone.append(path)
+            if disk is None or expected is None or disk.kind is not expected.kind:
+                continue
+            have = self._read_back(path, disk)
+            if have is not None and have.entry.same_content(expected):
+                rows.append(have)
+        with self._index.transaction():
+            self._index.drop_local(gone)
+            self._index.put_local(rows)
+            self.remembered()
 
     def check(self) -> None:
         """Compare the mirror's files with the index by their stat fields, and what differs by content."""
@@ -97,6 +140,15 @@ class DriftCheck:
             self._log.warning("drift", path=path, policy=self._policy)
         if self._policy == "report":
             self.problems.note(Problem(path, "drift", "changed in the mirror by somebody else"))
+
+
+def _read_note(text: str) -> list[tuple[str, Entry | None]]:
+    """Read what :meth:`DriftCheck.expect` wrote; nothing where it is damaged: the comparison by content remains."""
+    try:
+        lines = json.loads(text) if text else []
+        return [(path, None if entry is None else Entry(Kind(entry[0]), *entry[1:])) for path, entry in lines]
+    except (ValueError, TypeError, IndexError):
+        return []
 
 
 def _unchanged(row: LocalRow, disk: Disk) -> bool:

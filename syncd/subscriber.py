@@ -187,7 +187,9 @@ class Subscriber:
             self._announced = Announced(self._store, self._bucket, self._index, options.rules, self._thread)
             self._drift = DriftCheck(self._mirror, self._index, options.drift, options.folder)
             self._fetcher = Fetcher(self._store, self._index, self._mirror, self._thread)
-            return self._mirror.recover()
+            placed = self._mirror.recover()
+            self._drift.settle()
+            return placed
 
         placed = await self._thread.run(opened)
         if self._index.recovered:
@@ -380,6 +382,7 @@ class Subscriber:
         differences = list(self._to_differences(rows, fetches))
         touched = [row.path for row in differences]
         plan = plan_mirror(differences, [meta for path in parents_of(touched) if (meta := self._dir_meta(path))])
+        self._drift.expect(plan)
         try:
             outcome = self._mirror.commit(plan, drift=self._options.drift)
             crash_point("batch_applied")
@@ -427,3 +430,4 @@ class Subscriber:
         with self._index.transaction():
             self._index.drop_local(gone)
             self._index.put_local(rows)
+            self._drift.remembered()

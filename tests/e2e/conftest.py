@@ -185,10 +185,7 @@ class Gardener:
         """One change; the tree keeps some fifty files."""
         self.count += 1
         files = self.paths()
-        if len(files) < 10:
-            kind = "create"
-        else:
-            kind = self.random.choice(KINDS)
+        kind = "create" if len(files) < 10 else self.random.choice(KINDS)
         if kind == "create" or not files:
             (self.directory() / f"f{self.count}").write_bytes(self.bytes())
             return

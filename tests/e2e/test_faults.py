@@ -66,6 +66,17 @@ async def in_state(daemon: Daemon, key: str, state: str, seconds: float = 20) ->
     return found
 
 
+async def complains(daemon: Daemon, key: str, text: str, seconds: float = 20) -> dict[str, Any]:
+    """Wait until a folder waits with an error of these words."""
+
+    def told() -> dict[str, Any]:
+        now = status(daemon, key)
+        return now if now.get("state") == "waiting" and text in now.get("error", "") else {}
+
+    found: dict[str, Any] = await eventually(told, seconds)
+    return found
+
+
 async def rounds_later(daemon: Daemon, key: str, rounds: int = 2) -> None:
     """Wait until a folder has looked at everything again, so that what has not happened by now does not happen."""
     for _ in range(rounds):
@@ -122,12 +133,14 @@ async def test_twenty_subscribers_come_back_after_a_restart_of_the_server(
     (source / "new").write_bytes(os.urandom(300_000))
     (source / "d/f").write_text("changed")
     await nats_server.astart()
-    await healed(nats_server, source, *mirrors)
+    for mirror in mirrors:
+        await equal_trees(source, mirror, 60)
     client = await nats.connect(nats_server.url)
     try:
         assert (await client.jetstream().stream_info("OBJ_app")).state.consumer_count == 0
     finally:
         await client.close()
+    await healed(nats_server, source, *mirrors)
 
 
 # -- the watcher -----------------------------------------------------------------------------------------------------
@@ -145,11 +158,12 @@ async def test_bursts_that_overrun_the_watcher_arrive_whole(
     daemons.start("p", publish(source, extra=slow))
     daemons.start("s", subscribe(mirror, extra=slow))
     await equal_trees(source, mirror)
-    deep = source / "deep"
-    for number in range(200):
-        deep = deep / f"{number}"
-        deep.mkdir(parents=True)
-        (deep / "leaf").write_text(str(number))
+    for chain in range(2):
+        deep = source / f"chain{chain}"
+        for number in range(100):
+            deep = deep / f"{number}"
+            deep.mkdir(parents=True)
+            (deep / "leaf").write_text(str(number))
     await equal_trees(source, mirror)
     for directory in range(30):
         (source / f"burst{directory}").mkdir()
@@ -283,8 +297,7 @@ async def test_a_full_bucket_is_named_and_everything_that_fits_goes_on(
     (source / "half").write_bytes(os.urandom(900_000))
     await equal_trees(source, mirror)
     (source / "enormous").write_bytes(os.urandom(1_500_000))
-    waiting = await in_state(publisher, "publish-app", "waiting")
-    assert "maximum bytes" in waiting["error"]
+    waiting = await complains(publisher, "publish-app", "no room for enormous")
     assert "max_bytes" in waiting["hint"]
     (source / "a").write_text("small, sorts before it")
     (source / "z").write_text("small, sorts after it")
@@ -298,19 +311,27 @@ async def test_a_full_bucket_is_named_and_everything_that_fits_goes_on(
 
 
 @pytest.mark.fault("N5")
-async def test_a_bucket_full_to_the_last_byte_still_takes_deletes(
+async def test_a_bucket_filled_by_small_files_keeps_room_for_their_deletion(
     tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
 ) -> None:
-    """Small files fill it until not even a tombstone fits: removing some of them at the source heals it."""
+    """A tombstone needs room before it makes room: some is left, so removing files at the source heals."""
     mirror = tmp_path / "mirror"
-    publisher = daemons.start("p", publish(source, extra=EAGER_PUBLISH + "[publish.bucket]\nmax_bytes = 600_000\n"))
+    publisher = daemons.start("p", publish(source, extra=EAGER_PUBLISH + "[publish.bucket]\nmax_bytes = 700_000\n"))
     daemons.start("s", subscribe(mirror))
     await equal_trees(source, mirror)
     for number in range(600):
         (source / f"n{number}").write_bytes(os.urandom(number % 97 + 1))
-    assert "maximum bytes" in (await in_state(publisher, "publish-app", "waiting"))["error"]
-    for number in range(0, 600, 2):
-        (source / f"n{number}").unlink()
+    await complains(publisher, "publish-app", "no room for")
+    client = await nats.connect(nats_server.url)
+    try:
+        info = await client.jetstream().stream_info("OBJ_app")
+        assert info.config.max_bytes is not None
+        assert info.config.max_bytes - info.state.bytes > 40_000
+    finally:
+        await client.close()
+    for number in range(600):
+        if number % 5:
+            (source / f"n{number}").unlink()
     await healed(nats_server, source, mirror, seconds=60)
 
 
@@ -319,7 +340,7 @@ async def test_a_bucket_full_to_the_last_byte_still_takes_deletes(
 async def test_a_deleted_bucket_is_made_again_and_no_mirror_is_emptied(
     tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
 ) -> None:
-    """With a publisher it is filled again; without one the mirror keeps what it has for as long as it takes."""
+    """While there is none, and while it is filled again, the mirror keeps what it has; then it follows again."""
     mirror = tmp_path / "mirror"
     for number in range(1000):
         (source / f"n{number}").write_bytes(os.urandom(3000))
@@ -331,20 +352,19 @@ async def test_a_deleted_bucket_is_made_again_and_no_mirror_is_emptied(
     await delete_bucket(nats_server.url)
     await in_state(subscriber, "subscribe-app", "waiting")
     assert snapshot(mirror) == whole
-    (source / "n0").unlink()
     publisher.start()
     deadline = time.monotonic() + 30
     while not (await bucket_exists(nats_server.url) and publisher.events("published")[1:]):
-        assert len(snapshot(mirror)) >= len(whole) - 1
+        assert snapshot(mirror) == whole
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
     await in_state(subscriber, "subscribe-app", "in_sync")
-    assert len(snapshot(mirror)) >= len(whole) - 1
+    assert snapshot(mirror) == whole
     (source / "later").write_text("the mirror follows the new bucket")
     await eventually((mirror / "later").exists)
     await delete_bucket(nats_server.url)
     await eventually(lambda: len(publisher.events("bucket_created")) == 3)
-    await healed(nats_server, source, mirror, seconds=60)  # n0 goes when the new bucket has been quiet for a while
+    await healed(nats_server, source, mirror, seconds=60)
 
 
 # -- the mirror's disk -----------------------------------------------------------------------------------------------
@@ -365,34 +385,13 @@ async def test_a_full_disk_leaves_the_mirror_as_it_was_and_heals_with_room(
         whole = snapshot(mirror)
         (source / "keep").write_text("changed in the same batch")
         (source / "too-large").write_bytes(os.urandom(1_200_000))
-        waiting = await in_state(subscriber, "subscribe-app", "waiting")
-        assert "space" in waiting["error"]
+        await complains(subscriber, "subscribe-app", "space")
         now = snapshot(mirror)
         assert "too-large" not in now
         assert {path: entry for path, entry in now.items() if path != "keep"} == {
             path: entry for path, entry in whole.items() if path != "keep"
         }
         (disk / "obstacle").unlink()
-        await healed(nats_server, source, mirror, seconds=60)
-        subscriber.kill()
-
-
-@pytest.mark.fault("L10 M6 X1")
-async def test_a_mirror_whose_filesystem_is_remounted_waits_and_heals(
-    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
-) -> None:
-    """Read-only for a while, then writable again: waiting, then equal."""
-    disk = tmp_path / "disk"
-    with mounted(disk, "-t", "tmpfs", "-o", "size=20m", "tmpfs"):
-        mirror = disk / "mirror"
-        daemons.start("p", publish(source))
-        subscriber = daemons.start("s", subscribe(mirror))
-        await equal_trees(source, mirror)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        (source / "keep").write_text("changed")
-        (source / "new").write_bytes(os.urandom(200_000))
-        await eventually(lambda: status(subscriber, "subscribe-app").get("error") or problems(subscriber))
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         await healed(nats_server, source, mirror, seconds=60)
         subscriber.kill()
 
@@ -410,11 +409,32 @@ async def test_a_mirror_whose_filesystem_is_unmounted_is_not_written_to_until_it
         await equal_trees(source, disk)
         unmount()
         (source / "keep").write_text("changed")
-        waiting = await in_state(subscriber, "subscribe-app", "waiting")
-        assert "disk" in waiting["error"]
+        await complains(subscriber, "subscribe-app", "replaced")
         assert list(disk.iterdir()) == []
         with mounted(disk, "--bind", str(backing)):
             await healed(nats_server, source, disk, seconds=60)
+            subscriber.kill()
+
+
+@pytest.mark.fault("L10 C6")
+async def test_a_mirror_on_a_new_empty_filesystem_is_filled_after_a_restart(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """A tmpfs mounted anew over the mirror: nothing is written while nobody says that this is meant."""
+    disk = tmp_path / "disk"
+    arguments = ("-t", "tmpfs", "-o", "size=20m", "tmpfs")
+    with mounted(disk, *arguments) as unmount:
+        daemons.start("p", publish(source))
+        subscriber = daemons.start("s", subscribe(disk))
+        await equal_trees(source, disk)
+        unmount()
+        with mounted(disk, *arguments):
+            (source / "keep").write_text("changed")
+            await complains(subscriber, "subscribe-app", "replaced")
+            assert list(disk.iterdir()) == []
+            assert subscriber.stop() == 0
+            subscriber.start()
+            await healed(nats_server, source, disk)
             subscriber.kill()
 
 
@@ -504,7 +524,7 @@ async def test_chunks_that_vanished_are_found_by_the_publisher_and_sent_again(
 
 HOSTILE = [
     "../escape", "a/../../escape", "/etc/escape", "a//b", "./a", "..", ".", "a/", "n\0ul", "x" * 300,
-    "/".join(["y" * 200] * 21), ".syncd/journal", ".syncd/stage/x", ".syncd",
+    "/".join(["y" * 200] * 14), ".syncd/journal", ".syncd/stage/x", ".syncd",
 ]  # fmt: skip
 
 
@@ -519,22 +539,15 @@ async def test_hostile_names_are_reported_and_nothing_is_written(
     subscriber = daemons.start("s", subscribe(mirror))
     await equal_trees(source, mirror)
     for number, name in enumerate(HOSTILE):
-        try:
-            token = subject_token(name)
-        except Exception:  # noqa: BLE001 - it cannot even be a subject of ours
-            continue
-        assert token
         meta = raw_meta(name, b"evil", f"h{number}", bucket="app")
         await inject(nats_server.url, name, meta, (b"evil",), f"h{number}")
     strange = ["-rf", "a\\b", "new\nline", "\x1b[31mred", "$(reboot)", " ", "<b>", "\u202egnp.exe"]
     for number, name in enumerate(strange):
         meta = raw_meta(name, b"fine", f"s{number}", bucket="app")
         await inject(nats_server.url, name, meta, (b"fine",), f"s{number}")
-    await eventually(
-        lambda: all((mirror / name).read_bytes() == b"fine" for name in strange if (mirror / name).exists())
-    )
     await eventually(lambda: all((mirror / name).exists() for name in strange))
-    await eventually(lambda: status(subscriber, "subscribe-app").get("problem_count", 0) >= len(HOSTILE) - 2)
+    assert {(mirror / name).read_bytes() for name in strange} == {b"fine"}
+    await eventually(lambda: status(subscriber, "subscribe-app").get("problem_count") == len(HOSTILE))
     assert [path.name for path in mirror.parent.iterdir()] == ["mirror"]
     assert not list(tmp_path.rglob("*escape*"))
     wanted = {"keep", "d", "link", ".syncd", *strange}
@@ -567,7 +580,9 @@ async def test_a_parent_replaced_by_a_symlink_is_not_followed(
     await rounds_later(subscriber, "subscribe-app")
     assert snapshot(outside) == before
     (mirror / "d").unlink()
-    await healed(nats_server, source, mirror, seconds=60)
+    assert subscriber.stop() == 0  # by itself it would try again half a minute after it failed
+    subscriber.start()
+    await healed(nats_server, source, mirror)
     assert snapshot(outside) == before
 
 

@@ -61,10 +61,10 @@ def outlines(root: Path) -> dict[str, tuple[Any, ...]]:
         if directory == str(root) and ".syncd" in names:
             names.remove(".syncd")
         for name in names + files:
-            path = os.path.join(directory, name)
-            now = os.lstat(path)
+            path = Path(directory, name)
+            now = path.lstat()
             size = 0 if name in names else now.st_size
-            found[os.path.relpath(path, root)] = (now.st_mode, size, now.st_mtime_ns)
+            found[str(path.relative_to(root))] = (now.st_mode, size, now.st_mtime_ns)
     return found
 
 
