@@ -670,6 +670,12 @@ class Index:
         )
         return _remote(row) if row else None
 
+    def has_content_of(self, size: int) -> bool:
+        """Tell whether the bucket has, or had a moment ago, any content of this size."""
+        announced = "SELECT 1 FROM remote WHERE kind = 0 AND size = ? LIMIT 1"
+        replaced = "SELECT 1 FROM garbage WHERE known AND size = ? LIMIT 1"
+        return any(self._row(sql, (size,)) is not None for sql in (announced, replaced))
+
     def nuids(self, nuids: Iterable[str]) -> set[str]:
         """Return those of the argument that a remote row refers to."""
         return self._known("SELECT DISTINCT nuid FROM remote WHERE nuid <> '' AND nuid IN (%s)", nuids)

@@ -58,6 +58,8 @@ log = structlog.get_logger()
 BATCH_ITEMS = 400
 BATCH_BYTES = 4 * 1024 * 1024
 PARALLEL_UPLOADS = 4
+UNHASHED_BYTES = 32 * 1024 * 1024
+"""Larger files whose size the bucket does not have are not hashed before they are sent."""
 PARALLEL_DELETES = 64
 DELETE_PAGE = 1000
 PUSH_RETRIES = 5
@@ -114,7 +116,7 @@ class _Batch:
     """The next changed paths.
 
     :ivar twins: content that an earlier path of this batch, or of the one before it, brings to the bucket.
-    :ivar digests: of all content in it.
+    :ivar digests: of all content in it; "size N" for content that is sent without having been hashed.
     :ivar last: where the batch after it begins, "" when there is nothing left.
     """
 
@@ -418,13 +420,15 @@ class Publisher:
                 raise ScanStopped
             if local is None:
                 continue
-            item = self._prepare(local, remote, result, hashed)
+            size_key = f"size {local.entry.size}"
+            same_size = size_key in batch.digests or size_key in before.digests
+            item = self._prepare(local, remote, result, hashed, size_in_flight=same_size)
             if item is not None:
-                digest = item.row.entry.digest
-                if item.stored is None and (digest in batch.digests or digest in before.digests):
+                key = item.row.entry.digest or size_key
+                if item.stored is None and (same_size or key in batch.digests or key in before.digests):
                     batch.twins.append(replace(item, data=None))
                 else:
-                    batch.digests.add(digest)
+                    batch.digests.add(key)
                     to_upload = item.stored is None and item.data is None
                     (batch.large if to_upload else batch.small).append(item)
                     size += len(item.data) if item.data is not None else 0
@@ -436,13 +440,25 @@ class Publisher:
         return batch
 
     def _prepare(
-        self, row: LocalRow, remote: RemoteRow | None, result: PushResult, hashed: list[LocalRow]
+        self,
+        row: LocalRow,
+        remote: RemoteRow | None,
+        result: PushResult,
+        hashed: list[LocalRow],
+        *,
+        size_in_flight: bool,
     ) -> _Item | None:
-        """Decide what one path needs, hashing it where its digest is not known; ``None``: nothing, or not now."""
+        """Decide what one path needs, hashing it where its digest is not known; ``None``: nothing, or not now.
+
+        :param size_in_flight: content of this size is being sent unhashed: it may be the same.
+        """
         if row.entry.kind is not Kind.FILE:
             return _Item(row, remote, stored=EMPTY)
         data: bytes | None = None
         if not row.entry.digest:
+            new_size = row.entry.size >= UNHASHED_BYTES and not size_in_flight
+            if new_size and not self._index.has_content_of(row.entry.size):
+                return _Item(row, remote)  # the bucket cannot have it: it is hashed while it is sent, and read once
             fresh = self._hash(row, result)
             if fresh is None:
                 return None
@@ -528,10 +544,11 @@ class Publisher:
     async def _put_one(self, item: _Item, result: PushResult, meter: Meter) -> None:
         path = item.row.path
         try:
-            stored = await self._upload(item.row, meter)
+            row, stored = await self._upload(item.row, meter)
             crash_point("content_stored")
+            item = replace(item, row=row)
             expected = item.remote.seq if item.remote else None
-            seq = await self._bucket.put_meta(self._meta(item.row), stored, expected_seq=expected)
+            seq = await self._bucket.put_meta(self._meta(row), stored, expected_seq=expected)
         except FileChanged:
             result.again.add(path)
             return
@@ -543,8 +560,8 @@ class Publisher:
         await self._thread.run(lambda: self._remember_puts([(item, outcome)], result))
         meter.done(0)
 
-    async def _upload(self, row: LocalRow, meter: Meter) -> Stored:
-        """Send a file's content.
+    async def _upload(self, row: LocalRow, meter: Meter) -> tuple[LocalRow, Stored]:
+        """Send a file's content; return its row with the digest of what was sent.
 
         :raises FileChanged: what was sent is not what was hashed; nothing announces it and it is freed later.
         """
@@ -557,11 +574,14 @@ class Publisher:
             if stored.chunks:  # none: it was truncated meanwhile
                 await self._thread.run(lambda: self._index.add_garbage(stored.nuid, self._clock(), stored))
             await asyncio.to_thread(file.check)
+            sent = file.row(stored.digest)
         finally:
             await asyncio.shield(asyncio.to_thread(file.close))
-        if stored.digest != row.entry.digest:
+        if row.entry.digest and stored.digest != row.entry.digest:
             raise FileChanged(f"{printable(row.path)} changed between hashing and upload")
-        return stored
+        if not row.entry.digest:
+            await self._thread.run(lambda: self._index.put_local([sent]))
+        return sent, stored
 
     def _remember_puts(self, pairs: Iterable[tuple[_Item, PutResult]], result: PushResult) -> None:
         """Write acknowledged puts into the index; a failed one is tried again.

@@ -19,7 +19,7 @@ import errno
 import os
 import stat as stat_bits
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
 from blake3 import blake3
@@ -664,8 +664,9 @@ class Source:
 
     def row(self, digest: str) -> LocalRow:
         """Return the file's row as of its opening."""
-        row = _file_row(self._path, self._stat)
-        return replace(row, entry=replace(row.entry, digest=digest), hashed_ns=self._opened_ns)
+        st = self._stat
+        entry = Entry(Kind.FILE, st.st_mode & MODE_BITS, st.st_mtime_ns, st.st_size, digest)
+        return LocalRow(self._path, entry, _stat(st), self._opened_ns)
 
     def close(self) -> None:
         """Close the file; closing twice is allowed."""

@@ -56,6 +56,7 @@ STEADY_SECONDS: Final = 10.0
 """A connection that lived that long was a good one: the next attempt begins with the short wait again."""
 
 MAX_OUTSTANDING_PINGS: Final = 2
+ROOM_FOR_HEADERS: Final = 64 * 1024
 PENDING_BYTES: Final = 16 << 20
 FLUSH_SECONDS: Final = 10
 CLOSE_SECONDS: Final = 1.5
@@ -577,9 +578,14 @@ async def send(
     :raises TimeoutError: the buffer stayed full; the message may still be sent.
     :raises nats.errors.Error: see :func:`as_syncd_error`.
     """
+    fields = dict(headers) if headers else None
+    if client.is_connected and client.pending_data_size + len(payload) < PENDING_BYTES - ROOM_FOR_HEADERS:
+        # Below its limit nats-py (2.16) only appends to its buffer: no wait to bound, or to be cancelled in.
+        await client.publish(subject, payload, reply=reply, headers=fields)
+        return
     cancelled = _cancelling()
     async with asyncio.timeout_at(deadline) as limit:
-        await client.publish(subject, payload, reply=reply, headers=dict(headers) if headers else None)
+        await client.publish(subject, payload, reply=reply, headers=fields)
     if _cancelling() > cancelled:
         raise asyncio.CancelledError
     if limit.expired():

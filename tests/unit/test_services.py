@@ -525,3 +525,31 @@ async def test_a_second_publisher_is_refused_until_it_takes_over(world: World) -
     world.identity = "here:/source"
     with pytest.raises(FolderTaken, match="is published by there:/source"):
         await world.push()
+
+
+async def test_twins_are_sent_once_wherever_they_stand(world: World) -> None:
+    """Side by side, batches apart, small or large, and also where the first copy's put fails."""
+    for number in range(1200):
+        write(world.source / f"s{number:04}", f"{number % 450}-" * 50)
+    large = os.urandom(400_000)
+    for name in ("l1", "l2", "z/l3"):
+        write(world.source / name, large)
+    sent = sum(len(f"{number}-" * 50) for number in range(450)) + len(large)
+    assert (await world.push()).uploaded_bytes == sent
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
+
+
+async def test_a_large_file_of_a_new_size_is_hashed_while_it_is_sent(world: World, monkeypatch: Any) -> None:
+    """Its digest ends up in index and metadata; a second file of that size is compared before it is sent."""
+    monkeypatch.setattr("syncd.publisher.UNHASHED_BYTES", 200_000)
+    content = os.urandom(300_000)
+    for name in ("a", "b"):
+        write(world.source / name, content)
+    write(world.source / "c", os.urandom(300_000))
+    assert (await world.push()).uploaded_bytes == 600_000
+    assert (await world.push()).puts == 0
+    (world.source / "a").rename(world.source / "d")
+    assert (await world.push()).uploaded_bytes == 0
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
