@@ -34,8 +34,10 @@ class ProblemBook:
         """Forget all: everything is looked at again. What comes back unchanged is not logged again."""
         self._before, self._now = self._now, {}
 
-    def __contains__(self, path: str) -> bool:
-        return path in self._now
+    def code(self, path: str) -> str:
+        """Return the code of a path's problem, "" where it has none."""
+        problem = self._now.get(path)
+        return "" if problem is None else problem.code
 
     def all(self) -> list[Problem]:
         """Return the problems by path."""

@@ -51,6 +51,8 @@ MAX_PASSES = 3
 FIRST_RETRY_SECONDS = 30.0
 MAX_RETRY_SECONDS = 3600.0
 MAX_FAILURES = 10_000
+REFUSED = {"bad_metadata", "bad_object"}
+"""Problems of an object that is there and cannot be had: the version before stays in the mirror."""
 LIST_SECONDS = 3600.0
 """How often a full round lists the whole bucket: tombstones do not live for ever, and others may purge."""
 
@@ -333,8 +335,8 @@ class Subscriber:
         if path in self._drift.held:
             return True
         if remote is None:
-            if path in self._announced.problems:
-                return True  # refused: what is here stays
+            if self._announced.problems.code(path) in REFUSED:
+                return True  # what is here stays
             if self._announced.in_doubt and path not in self._announced.explained_removals:
                 return True
             # No object describes the directory, or none any more, but there are objects below it.
