@@ -88,7 +88,7 @@ class Holdings:
 
     def wrote(self, *seqs: int) -> None:
         """Take note of sequences that are accounted for."""
-        self.last_seq = max(self.last_seq, *seqs)
+        self.last_seq = max((self.last_seq, *seqs))
 
     def doubt(self) -> None:
         """Nobody knows what the server has stored: audit soon.

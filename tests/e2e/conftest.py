@@ -45,7 +45,7 @@ def subscribe(mirror: Path, folder: str = "app", extra: str = EAGER) -> str:
 
 
 class Daemons(list[Daemon]):
-    """Every daemon of one test; what still runs at its end is killed."""
+    """Every daemon of one test; what still runs at its end is killed, and none may have met a bug of ours."""
 
     def __init__(self, directory: Path, server: NatsServer) -> None:
         super().__init__()
@@ -68,6 +68,8 @@ def daemons(tmp_path: Path, nats_server: NatsServer) -> Iterator[Daemons]:
     yield running
     for daemon in running:
         daemon.kill()
+    for daemon in running:
+        assert daemon.events("folder_crashed") == []
 
 
 # -- the bucket, as somebody else sees it ----------------------------------------------------------------------------

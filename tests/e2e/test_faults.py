@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 import nats
 import pytest
 
+from syncd.index import Index
 from syncd.paths import subject_token
+from syncd.rules import Rules
+from syncd.store.memory import MemoryBucket
+from syncd.subscriber import SubscribeOptions, Subscriber
 from tests.e2e.conftest import (
     EAGER_PUBLISH,
     Daemons,
@@ -27,6 +31,7 @@ from tests.e2e.conftest import (
 from tests.support.mirror import litter
 from tests.support.store import raw_meta
 from tests.support.trees import difference, equal_trees, eventually, snapshot
+from tests.unit.test_services import World, keeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -481,9 +486,14 @@ async def test_broken_objects_are_reported_and_nothing_of_them_is_written(
     for name, (changes, chunks) in BROKEN.items():
         meta = raw_meta(name, b"content", f"n-{name}", bucket="app", **changes)
         await inject(nats_server.url, name, meta, chunks, f"n-{name}")
+    many = {f"missing{number}" for number in range(40)}
+    for name in many:
+        await inject(nats_server.url, name, raw_meta(name, b"content", f"n-{name}", bucket="app"))
     await inject(nats_server.url, "good", raw_meta("good", b"fine", "v2", bucket="app"), (b"fine",), "v2")
-    await eventually(lambda: problems(subscriber).keys() >= BROKEN.keys(), 40)
     await eventually((mirror / "good").exists)
+    await eventually(lambda: problems(subscriber).keys() >= BROKEN.keys() | many)
+    await rounds_later(subscriber, "subscribe-app")
+    assert problems(subscriber).keys() >= BROKEN.keys() | many  # told for as long as it is so, tried again or not
     (source / "later").write_text("goes on")
     await eventually((mirror / "later").exists)
     assert (mirror / "flipped").read_bytes() == b"good"
@@ -605,6 +615,77 @@ async def test_a_source_directory_replaced_by_a_symlink_and_back_deletes_nothing
     await healed(nats_server, source, mirror)
     assert (outside / "secret").read_text() == "not of this folder"
     assert not list(mirror.rglob("secret"))
+
+
+@pytest.mark.fault("D4 P7")
+async def test_a_full_directory_and_a_file_replace_one_another_at_once(
+    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
+) -> None:
+    """The file is announced before the deletions that make room for it: it waits for them, not half a minute."""
+    mirror = tmp_path / "mirror"
+    daemons.start("p", publish(source))
+    daemons.start("s", subscribe(mirror))
+    for number in range(5):
+        (source / "d/turns").mkdir()
+        for inside in range(20):
+            (source / f"d/turns/{inside}").write_bytes(os.urandom(1000))
+        await equal_trees(source, mirror, 10)
+        shutil.rmtree(source / "d/turns")
+        (source / "d/turns").write_text(f"a file {number}")
+        await equal_trees(source, mirror, 10)
+        (source / "d/turns").unlink()
+    await healed(nats_server, source, mirror)
+
+
+@pytest.mark.fault("D4 P7")
+async def test_a_file_with_a_directory_in_its_way_arrives_as_soon_as_that_is_emptied(tmp_path: Path) -> None:
+    """Announced between the two, it is a problem; the deletion of what was in its way is enough to try it again."""
+    world = World(tmp_path)
+    (world.source / "turns").mkdir()
+    (world.source / "turns/inside").write_text("i")
+    (world.source / "keep").write_text("k")
+    await world.push()
+    options = SubscribeOptions("app", world.mirror, Rules())
+    subscriber = Subscriber(options, world.store, None, status=keeper("subscribe"))
+    await subscriber._open()
+    try:
+        await subscriber._round(full=True, allow_delete=False)
+        await world.foreign_put("turns", b"a file")
+        await subscriber._round(full=False, allow_delete=False)
+        assert [problem.code for problem in subscriber._problems()] == ["directory_in_the_way"]
+        await world.store.bucket("app").delete("turns/inside", expected_seq=None, metadata={})
+        await subscriber._round(full=False, allow_delete=False)
+        assert (world.mirror / "turns").read_bytes() == b"a file"
+        assert subscriber._problems() == []
+    finally:
+        await subscriber._close()
+
+
+@pytest.mark.fault("S1")
+async def test_a_file_truncated_between_hashing_and_upload_leaves_nothing_that_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was uploaded, so there is nothing to free, now or later."""
+    world = World(tmp_path)
+    file = world.source / "f"
+    file.write_bytes(os.urandom(300_000))
+    upload = MemoryBucket.upload
+
+    async def truncate_first(bucket: MemoryBucket, content: Any, **arguments: Any) -> Any:
+        monkeypatch.undo()
+        file.write_bytes(b"")
+        stored = await upload(bucket, content, **arguments)
+        assert stored.chunks == 0
+        file.unlink()
+        return stored
+
+    monkeypatch.setattr(MemoryBucket, "upload", truncate_first)
+    assert (await world.push()).again == set()
+    index = Index(tmp_path / "publish.db")
+    assert index.due_garbage(time.time() + 1) == []
+    index.close()
+    await world.pull()
+    assert difference(world.source, world.mirror) == {}
 
 
 # -- two of a kind, long absence, lost state -------------------------------------------------------------------------

@@ -73,7 +73,7 @@ async def test_a_reader_in_a_tight_loop_never_sees_a_partial_empty_or_missing_fi
             content = generation(number)
             fresh.write_bytes(content)
             fresh.replace(file)
-            soon = time.monotonic() + 0.06
+            soon = time.monotonic() + 0.04
             while time.monotonic() < soon and target.stat().st_size != len(content):
                 await asyncio.sleep(0.002)
         await equal_trees(source, mirror)
