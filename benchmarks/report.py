@@ -144,7 +144,7 @@ def _latency(figures: Figures, scale: Scale) -> str:
         f"### From an edit to the mirror, in a tree of {scale.tree:,} files\n\n"
         f"{_table(['p50', 'p90', 'p99', 'least', 'most'], [row])}\n\n"
         f"{len(values)} edits of 4 KiB, one at a time after random pauses of 0.05 to 5 s, default settings "
-        "(the publisher waits 50 ms until a file is quiet, the subscriber 20 ms)."
+        "(the publisher waits 50 ms until a file is quiet, the subscriber 10 ms)."
     )
 
 
