@@ -1,3 +1,3 @@
-"""Figures: what syncd needs in time and memory, beside the plain nats-py loop (docs/performance.md)."""
+"""Figures: what syncd needs in time, bytes and memory, beside other tools in one run (docs/performance.md)."""
 
 from __future__ import annotations

@@ -1,25 +1,39 @@
-"""Figures as Markdown: tables between two markers of a document."""
+"""Figures as Markdown: tables between two markers of a document, and a plot beside it."""
 
 from __future__ import annotations
 
-import statistics
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.world import MIB, Figures, percentile
+from benchmarks import aims, plot
+from benchmarks.figures import Figures, percentile
+from benchmarks.packages import UPDATES
+from benchmarks.peers import PEERS
+from benchmarks.trees import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from benchmarks.cases import Scale
-
 BEGIN = "<!-- benchmarks: begin -->"
 END = "<!-- benchmarks: end -->"
-AIM_UP, AIM_DOWN, AIM_SMALL, AIM_P50_MS, AIM_PEAK_MB = 3.0, 20.0, 5.0, 100.0, 150.0
+PLOT = "performance.svg"
+HEAD = (
+    "", "seconds", "push + pull", "beside rsync", "CPU, s", "MB up", "MB per destination", "peak MB", "server MB",
+    "raw seconds",
+)  # fmt: skip
+
+COUNTED = """\
+* *seconds* are of whole commands, from their start to their end, the start of Python included; for syncd and the
+  nats-py loop the push and the pull are added. Medians; *raw seconds* stand at the end of a row.
+* *MB* are 10^6 bytes on the loopback interface of the run's own network namespace while the tool worked: both
+  directions, with the headers of TCP and IP, counted by the kernel for all tools alike. *up* is the push.
+* *CPU* is of all processes of a tool, servers included. *peak* is the most resident memory (VmHWM) of the largest
+  command, *server* that of nats-server, or of the tool's daemon at the source.
+* Syncthing's seconds are those from the moment its running instances are told to begin to the last file in place."""
 
 
-def write(document: Path, text: str) -> None:
-    """Replace what is between the markers.
+def write(document: Path, text: str, run: dict[str, Any]) -> None:
+    """Replace what is between the markers, and draw the plot.
 
     :raises SystemExit: the document has no markers.
     """
@@ -28,33 +42,172 @@ def write(document: Path, text: str) -> None:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{document} has no lines {BEGIN} and {END}")
-    document.write_text(f"{head}{BEGIN}\n\n{text.strip()}\n\n{END}{tail}")
+    picture = f"![Seconds and bytes of syncd and its peers]({PLOT})\n\n"
+    plot.draw(Figures(run["values"]), document.with_name(PLOT))
+    document.write_text(f"{head}{BEGIN}\n\n{picture}{text.strip()}\n\n{END}{tail}")
 
 
-def render(figures: Figures, scale: Scale, machine: dict[str, Any], *, quick: bool) -> str:
+def render(run: dict[str, Any]) -> str:
     """Return all tables for which there are figures."""
-    parts = [_machine(machine, quick=quick)]
-    values = figures.values
-    if "large.syncd.up.seconds" in values:
-        parts.append(_large(figures, scale))
-    if "small.syncd.up.seconds" in values:
-        parts.append(_small(figures, scale))
-    if "latency.ms" in values:
-        parts.append(_latency(figures, scale))
-    if "restart.publisher" in values:
-        parts.append(_restart(figures, scale))
-    if any(name.startswith("memory.") for name in values):
-        parts.append(_memory(figures))
-    return "\n\n".join(parts)
+    figures, scale = Figures(run["values"], run["notes"]), run["scale"]
+    parts = [_machine(run), _aims(figures, scale)]
+    parts += [_syncs(figures, case, title) for case, title in titles(scale).items()]
+    parts += [_fleet(figures), _latency(figures, scale), _restart(figures, scale), _memory(figures, scale)]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _machine(it: dict[str, Any], *, quick: bool) -> str:
+def titles(scale: dict[str, Any]) -> dict[str, str]:
+    """What each synchronisation is called."""
+    size = f"{scale['delta'] // MIB:,} MiB"
+    found = {
+        "large": f"First sync: one incompressible file of {scale['large'] // MIB:,} MiB",
+        "small": f"First sync: {scale['files']:,} files of 100 B to 32 KiB, mean 8.6 KiB",
+        "eight": f"First sync to eight destinations at once: {scale['mixed'] // MIB:,} MiB in small and large files",
+    }
+    for update in UPDATES:
+        found[f"packages_{update.name}_first"] = f"First sync: {update.project} {update.old}, the unpacked wheel"
+        found[f"packages_{update.name}_update"] = f"Update: {update.label}"
+    return found | {
+        "delta_runs": f"{size}, of which {scale['runs']} runs of 64 KiB changed",
+        "delta_scattered": f"{size}, of which {scale['scattered']} runs of 4 KiB changed",
+        "delta_insert": f"{size}, with 1 MiB inserted at the front",
+    }
+
+
+def _machine(run: dict[str, Any]) -> str:
+    it, startup = run["machine"], run["values"].get("startup.syncd.seconds")
     text = (
         f"Measured on {it['date']}: {it['cpu']}, {it['cores']} cores, {it['memory_gib']} GiB, Linux {it['kernel']}, "
-        f"{it['filesystem']}; Python {it['python']}, nats-server {it['nats_server']}, nats-py {it['nats_py']}; "
-        f"loopback, file storage, one replica. Load before the run: {it['load']}."
+        f"{it['filesystem']}; Python {it['python']}, nats-server {it['nats_server']}, nats-py {it['nats_py']}, "
+        f"layout {run['layout']}; loopback, file storage, one replica. Load before the run: {it['load']}."
     )
-    return f"**A quick run on small data: these are no figures.**\n\n{text}" if quick else text
+    if run["quick"]:
+        text = f"**A quick run on small data: these are no figures.**\n\n{text}"
+    if startup:
+        text += f" `syncd --version`, which every command of syncd pays for first: {min(startup):.2f} s."
+    return "\n\n".join([text, *run["notes"], COUNTED])
+
+
+def _aims(figures: Figures, scale: dict[str, Any]) -> str:
+    rows = [(one.aim, one.measured, "met" if one.met else "**missed**") for one in aims.judge(figures, scale)]
+    return f"### Aims\n\n{_table(('aim', 'measured', ''), rows)}" if rows else ""
+
+
+def _syncs(figures: Figures, case: str, title: str) -> str:
+    """One workload: a row per tool, the fastest first."""
+    names = [name for name in PEERS if figures.has(f"{case}.{name}.seconds")]
+    names.sort(key=lambda name: figures.median(f"{case}.{name}.seconds"))
+    count = 8 if case == "eight" else 1
+    rows = [_sync_row(figures, case, name, count) for name in names]
+    return f"### {title}\n\n{_table(HEAD, rows)}" if rows else ""
+
+
+def _sync_row(figures: Figures, case: str, peer: str, count: int) -> list[str]:
+    name, rsync = f"{case}.{peer}", f"{case}.rsync.seconds"
+    seconds, pushes = f"{name}.seconds", f"{name}.push"
+    split = up = ""
+    if figures.has(f"{pushes}.seconds"):
+        split = f"{figures.median(f'{pushes}.seconds'):.2f} + {figures.median(f'{name}.pull.seconds'):.2f}"
+        up = _megabytes(figures.median(f"{pushes}.wire"))
+    wire = "" if figures.has(f"{name}.copy.wire") else _megabytes(aims.down(figures, name) / count)
+    label = PEERS[peer].label
+    return [
+        f"**{label}**" if peer == "syncd" else label,
+        f"{figures.median(seconds):.2f}",
+        split,
+        f"{figures.ratio(seconds, rsync):.2f}x" if figures.has(rsync) else "",
+        f"{figures.median(f'{name}.cpu'):.2f}",
+        up,
+        wire,
+        _peak(figures, name, ("command",)),
+        _peak(figures, name, ("server", "source")),
+        _raw(figures.values[seconds]),
+    ]
+
+
+def _peak(figures: Figures, name: str, roles: Iterable[str]) -> str:
+    endings = tuple(f".{role}.peak" for role in roles)
+    found = [figures.most(one) for one in figures.values if one.startswith(f"{name}.") and one.endswith(endings)]
+    return f"{max(found) / 1e6:.0f}" if found and max(found) else ""
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.2f}" if size < 1e7 else f"{size / 1e6:.1f}"
+
+
+def _fleet(figures: Figures) -> str:
+    rows = [
+        [
+            count,
+            f"{figures.median(f'fleet.{count}.seconds'):.2f}",
+            f"{figures.median(f'fleet.{count}.publisher.cpu'):.2f}",
+            _megabytes(figures.median(f"fleet.{count}.publisher.wire")),
+        ]
+        for count in ("1", "8")
+        if figures.has(f"fleet.{count}.seconds")
+    ]
+    if not rows:
+        return ""
+    head = ("subscribers", "seconds to the last mirror", "publisher's CPU, s", "publisher's MB")
+    return (
+        f"### The same tree, running daemons\n\n{_table(head, rows)}\n\n"
+        "The tree appears in the source by one rename. The publisher's bytes are those that nats-server counted on its "
+        "connections, in and out."
+    )
+
+
+def _latency(figures: Figures, scale: dict[str, Any]) -> str:
+    rows = []
+    for name, label in (("syncd", "**two syncd daemons**"), ("lsyncd", PEERS["lsyncd"].label)):
+        if figures.has(f"latency.{name}.ms"):
+            values = figures.values[f"latency.{name}.ms"]
+            shown = [*(percentile(values, percent) for percent in (50, 90, 99)), min(values), max(values)]
+            rows.append([label, *(f"{value:.0f} ms" for value in shown)])
+    if not rows:
+        return ""
+    low, high = scale["pause"]
+    return (
+        f"### From an edit to the mirror, in a tree of {scale['tree']:,} files\n\n"
+        f"{_table(('', 'p50', 'p90', 'p99', 'least', 'most'), rows)}\n\n"
+        f"{scale['edits']} edits of 4 KiB ({scale['edits_beside']} with lsyncd), one at a time after random pauses of "
+        f"{low:g} to {high:g} s, default settings."
+    )
+
+
+def _restart(figures: Figures, scale: dict[str, Any]) -> str:
+    names = [name for name in PEERS if figures.has(f"restart.{name}.seconds")]
+    rows = []
+    for name in names:
+        legs = [leg for leg in ("push", "pull") if figures.has(f"restart.{name}.{leg}.seconds")]
+        if name == "syncd":
+            rows += [_restart_row(f"`syncd {leg}`", figures.values[f"restart.{name}.{leg}.seconds"]) for leg in legs]
+        else:
+            rows.append(_restart_row(PEERS[name].label, figures.values[f"restart.{name}.seconds"]))
+    if figures.has("restart_daemons.seconds"):
+        rows.append(_restart_row("both syncd daemons, start to in sync", figures.values["restart_daemons.seconds"]))
+    title = f"### Nothing changed, {scale['restart_files']:,} files"
+    return f"{title}\n\n{_table(('', 'seconds', 'raw seconds'), rows)}" if rows else ""
+
+
+def _restart_row(label: str, values: list[float]) -> list[str]:
+    return [label, f"{percentile(values, 50):.2f}", _raw(values)]
+
+
+def _memory(figures: Figures, scale: dict[str, Any]) -> str:
+    """The daemons of every case; the commands' peaks stand in the tables above."""
+    cases = {
+        "fleet.8": "eight subscribers, the tree above",
+        "latency": f"{scale['tree']:,} files, then edits",
+        "restart_daemons": f"first sync of {scale['restart_files']:,} files",
+        "memory": f"first sync of one file of {scale['memory_size'] // MIB:,} MiB",
+    }
+    rows = [
+        [text, *(f"{figures.most(f'{case}.{role}.peak') / 1e6:.0f}" for role in ("publisher", "subscriber", "server"))]
+        for case, text in cases.items()
+        if figures.has(f"{case}.publisher.peak")
+    ]
+    head = ("", "publisher", "subscriber", "nats-server")
+    return f"### Peak memory of the daemons, MB\n\n{_table(head, rows)}" if rows else ""
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -64,116 +217,5 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(lines)
 
 
-def _raw(values: Iterable[float], digits: int = 2) -> str:
-    return ", ".join(f"{value:.{digits}f}" for value in values)
-
-
-def _rate(figures: Figures, name: str, amount: float, unit: str) -> list[str]:
-    seconds = figures.median(f"{name}.seconds")
-    rate = amount / seconds
-    return [
-        f"{rate:,.0f} {unit}" if rate >= 10 else f"{rate:.1f} {unit}",
-        f"{seconds:.2f}",
-        f"{figures.median(f'{name}.wall'):.2f}",
-        f"{figures.median(f'{name}.cpu'):.2f}",
-        _raw(figures.values[f"{name}.seconds"]),
-        _mb(statistics.median(figures.values[f"{name}.peak"])),
-    ]
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.0f}"
-
-
-def _aim(ratio: float, aim: float) -> str:
-    return f"{ratio:.1f}x (aim {aim:g}x{'' if ratio >= aim else ', missed'})"
-
-
-RATE_HEAD = ["", "rate", "seconds", "command, s", "CPU, s", "raw seconds", "peak MB", "syncd is"]
-
-
-def _large(figures: Figures, scale: Scale) -> str:
-    size, plain = scale.large / MIB, scale.slow_get / MIB
-    rate = {way: size / figures.median(f"large.syncd.{way}.seconds") for way in ("up", "down")}
-    up = size / figures.median("large.nats.up.seconds")
-    into = size / figures.median("large.nats.down.seconds")
-    get = plain / figures.median("large_plain.nats.down.seconds")
-    rows = [
-        ["syncd push", *_rate(figures, "large.syncd.up", size, "MiB/s"), ""],
-        ["nats-py `put(file)`", *_rate(figures, "large.nats.up", size, "MiB/s"), _aim(rate["up"] / up, AIM_UP)],
-        ["syncd pull", *_rate(figures, "large.syncd.down", size, "MiB/s"), ""],
-        [
-            f"nats-py `get()`, of {plain:.0f} MiB only",
-            *_rate(figures, "large_plain.nats.down", plain, "MiB/s"),
-            _aim(rate["down"] / get, AIM_DOWN),
-        ],
-        [
-            "nats-py `get(writeinto=file)`",
-            *_rate(figures, "large.nats.down", size, "MiB/s"),
-            f"{rate['down'] / into:.1f}x",
-        ],
-    ]
-    return (
-        f"### One incompressible file of {size:,.0f} MiB\n\n{_table(RATE_HEAD, rows)}\n\n"
-        f"nats-py's plain `get()` is quadratic in the size, so it was measured with {plain:.0f} MiB; with "
-        f"{size:,.0f} MiB its rate would be lower still, and the ratio higher. The aim of {AIM_DOWN:g}x refers to it. "
-        "`get(writeinto=)` is not quadratic."
-    )
-
-
-def _small(figures: Figures, scale: Scale) -> str:
-    rows = []
-    for label, way, loop in (("push", "up", "put"), ("pull", "down", "get")):
-        ratio = figures.median(f"small.nats.{way}.seconds") / figures.median(f"small.syncd.{way}.seconds")
-        rows.append([f"syncd {label}", *_rate(figures, f"small.syncd.{way}", scale.files, "files/s"), ""])
-        nats = _rate(figures, f"small.nats.{way}", scale.files, "files/s")
-        rows.append([f"nats-py `{loop}` loop", *nats, _aim(ratio, AIM_SMALL)])
-    return f"### {scale.files:,} files of 100 B to 32 KiB, mean 8.6 KiB\n\n{_table(RATE_HEAD, rows)}"
-
-
-def _latency(figures: Figures, scale: Scale) -> str:
-    values = figures.values["latency.ms"]
-    p50 = percentile(values, 50)
-    row = [
-        f"{p50:.0f} ms (aim {AIM_P50_MS:g}{'' if p50 < AIM_P50_MS else ', missed'})",
-        *(f"{percentile(values, percent):.0f} ms" for percent in (90, 99)),
-        f"{min(values):.0f} ms",
-        f"{max(values):.0f} ms",
-    ]
-    return (
-        f"### From an edit to the mirror, in a tree of {scale.tree:,} files\n\n"
-        f"{_table(['p50', 'p90', 'p99', 'least', 'most'], [row])}\n\n"
-        f"{len(values)} edits of 4 KiB, one at a time after random pauses of 0.05 to 5 s, default settings "
-        "(the publisher waits 50 ms until a file is quiet, the subscriber 10 ms)."
-    )
-
-
-def _restart(figures: Figures, scale: Scale) -> str:
-    rows = [
-        [f"{role} daemon, start to in sync", f"{figures.median(name):.2f}", _raw(figures.values[name])]
-        for role, name in (("publisher", "restart.publisher"), ("subscriber", "restart.subscriber"))
-    ]
-    rows += [
-        [f"`syncd {way}`, whole command", f"{figures.median(name):.2f}", _raw(figures.values[name])]
-        for way, name in (("push", "restart.push.wall"), ("pull", "restart.pull.wall"))
-    ]
-    return f"### Nothing changed, {scale.tree:,} files\n\n{_table(['', 'seconds', 'raw seconds'], rows)}"
-
-
-def _memory(figures: Figures) -> str:
-    roles = ("push", "pull", "publisher", "subscriber", "server")
-    rows = []
-    most = 0.0
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in figures.values if name.startswith("memory.")):
-        _, kind, amount = name.split(".")
-        label = f"one file of {int(amount) // MIB:,} MiB" if kind == "size" else f"{int(amount):,} files"
-        peaks = [figures.median(f"{name}.{role}") for role in roles]
-        most = max(most, *peaks[:-1])
-        rows.append([label, *map(_mb, peaks)])
-    verdict = "" if most < AIM_PEAK_MB * 1e6 else ", missed"
-    head = ["first sync of", "`syncd push`", "`syncd pull`", "publisher daemon", "subscriber daemon", "nats-server"]
-    return (
-        f"### Peak memory, MB\n\n{_table(head, rows)}\n\n"
-        f"The most resident memory of each process (VmHWM, 10^6 bytes). Most of syncd: {_mb(most)} MB "
-        f"(aim {AIM_PEAK_MB:g}{verdict})."
-    )
+def _raw(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)

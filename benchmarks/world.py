@@ -1,265 +1,224 @@
-"""What the figures are taken in: trees, a fresh server per run, processes, and what the kernel says of them."""
+"""A directory of this run's own, fresh servers and daemons in it, and the machine that they run on."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
-import random
-import statistics
+import shutil
 import subprocess
-import sys
 import time
-from dataclasses import dataclass, field
+import urllib.request
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blake3 import blake3
-
+from benchmarks.processes import cpu_seconds, peak_bytes
+from benchmarks.trees import count_paths, free_space
 from tests.support.daemon import Daemon
-from tests.support.server import NatsServer, nats_server_binary
+from tests.support.server import NatsServer, free_port, nats_server_binary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-BUCKET = "app"
-MIB = 1024 * 1024
-SEED = 20_26
-OLD_NS = 1_700_000_000_000_000_000
-"""Modification time of what is made here: long before the run, as most files are."""
+FOLDER = "app"
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-# -- trees -------------------------------------------------------------------------------------------------------------
-
-
-def make_large(root: Path, size: int) -> Path:
-    """One incompressible file."""
-    root.mkdir(parents=True)
-    rng = random.Random(SEED)
-    with (root / "large.bin").open("wb") as file:
-        for start in range(0, size, 4 * MIB):
-            file.write(rng.randbytes(min(4 * MIB, size - start)))
-    _age(root)
-    return root
-
-
-def make_small(root: Path, count: int) -> Path:
-    """``count`` incompressible files of 100 B to 32 KiB, mean 8.6 KiB, a hundred to a directory."""
-    rng = random.Random(SEED)
-    for number in range(count):
-        directory = root / f"d{number // 100:04}"
-        if number % 100 == 0:
-            directory.mkdir(parents=True)
-        size = min(32 * 1024, max(100, int(rng.expovariate(1 / 9080))))
-        (directory / f"file-{number:06}.dat").write_bytes(rng.randbytes(size))
-    _age(root)
-    return root
-
-
-def _age(root: Path) -> None:
-    for number, (top, _, files) in enumerate(os.walk(root, topdown=False)):
-        for name in files:
-            os.utime(Path(top) / name, ns=(OLD_NS, OLD_NS + number))
-        os.utime(top, ns=(OLD_NS, OLD_NS + number))
-
-
-def list_files(root: Path) -> list[str]:
-    """All files, relative, sorted."""
-    found = []
-    for top, dirs, files in os.walk(root):
-        if Path(top) == root and ".syncd" in dirs:
-            dirs.remove(".syncd")
-        found += [os.path.relpath(f"{top}/{name}", root) for name in files]
-    return sorted(found)
-
-
-def digests(root: Path) -> dict[str, str]:
-    """Relative path -> BLAKE3 of all files."""
-    found = {}
-    for name in list_files(root):
-        with (root / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]
-    return found
-
-
-def free_space(root: Path) -> None:
-    """Remove the large files of a tree, not its many small ones.
-
-    ext4 without a journal makes new files twenty times slower for minutes after many were removed nearby: what the
-    benchmark itself throws away must not slow down what it measures next. All of it goes in the end.
-    """
-    for top, _, files in os.walk(root):
-        for name in files:
-            file = Path(top) / name
-            if file.lstat().st_size >= MIB:
-                file.unlink()
-
-
-def count_paths(root: Path) -> int:
-    """Files and directories, as a status counts its entries."""
-    return sum(len(dirs) + len(files) for _, dirs, files in os.walk(root))
-
-
-def must_equal(source: Path, target: Path) -> None:
-    """End the run where a destination is not its source."""
-    want, have = digests(source), digests(target)
-    if want != have:
-        wrong = [name for name in want.keys() | have.keys() if want.get(name) != have.get(name)]
-        raise SystemExit(f"{target} differs from {source} in {len(wrong)} files: {sorted(wrong)[:5]}")
-
-
-# -- processes ---------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(pid: int | str) -> int:
-    """The most memory a process ever had resident (VmHWM; unlike ``ru_maxrss`` it starts anew with exec)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no VmHWM for process {pid}")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One process: seconds inside (connection to end), of the whole command, of CPU; peak memory in bytes."""
-
-    seconds: float
-    wall: float
-    cpu: float
-    peak: int
+START_SECONDS = 900.0
 
 
 class World:
-    """A directory of this run's own; all processes started in it end with it."""
+    """All that is started in it ends with it.
 
-    def __init__(self, directory: Path) -> None:
+    :ivar layout: the bucket layout of syncd's folder.
+    """
+
+    def __init__(self, directory: Path, layout: str) -> None:
         self.directory = directory
+        self.layout = layout
         self._number = 0
+        self._in_memory = filesystem(directory) == "tmpfs"
 
     def new(self, name: str) -> Path:
         """A path that does not exist yet."""
         self._number += 1
-        return self.directory / f"{self._number:03}-{name}"
+        return self.directory / f"{self._number:04}-{name}"
 
-    @contextlib.contextmanager
-    def server(self) -> Iterator[NatsServer]:
-        """A fresh nats-server; its store goes with it."""
-        server = NatsServer(self.new("server"))
-        try:
-            yield server.start()
-        finally:
-            server.stop()
-            free_space(server.directory)
+    def drop(self, path: Path) -> None:
+        """Give its space back."""
+        if self._in_memory:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            free_space(path)
 
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
-        """A path whose large files are removed afterwards."""
+        """A path that is dropped afterwards."""
         path = self.new(name)
         try:
             yield path
         finally:
-            free_space(path)
-
-    def run(self, *arguments: str | Path) -> Run:
-        """Run a worker in a fresh process, with a quiet disk; its failure ends the run."""
-        result = self.new("result.json")
-        os.sync()
-        begin = time.perf_counter()
-        kind, *rest = arguments
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.worker", str(kind), str(result), *map(str, rest)],
-            cwd=REPOSITORY, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        wall = time.perf_counter() - begin
-        if done.returncode:
-            raise SystemExit(f"{' '.join(map(str, arguments))} ended with {done.returncode}: {done.stderr[-2000:]}")
-        return Run(wall=wall, **json.loads(result.read_text()))
-
-    def push(self, server: NatsServer, source: Path, state: Path) -> Run:
-        """``python -m syncd push``."""
-        config = write_config(state, server, publish=source)
-        return self.run("syncd", "push", BUCKET, "--config", config)
-
-    def pull(self, server: NatsServer, target: Path, state: Path) -> Run:
-        """``python -m syncd pull``."""
-        config = write_config(state, server)
-        return self.run("syncd", "pull", BUCKET, target, "--config", config)
+            self.drop(path)
 
     @contextlib.contextmanager
-    def daemons(self, server: NatsServer, source: Path, mirror: Path) -> Iterator[Pair]:
-        """A publisher and a subscriber, each a process, with default settings."""
-        directory = self.new("daemons")
-        nats = f'[nats]\nservers = ["{server.url}"]\n'
-        publisher = Daemon(directory / "p", f'{nats}[[publish]]\nfolder = "{BUCKET}"\npath = "{source}"\n')
-        subscriber = Daemon(directory / "s", f'{nats}[[subscribe]]\nfolder = "{BUCKET}"\npath = "{mirror}"\n')
-        pair = Pair(publisher, subscriber, count_paths(source))
+    def server(self) -> Iterator[Server]:
+        """A fresh nats-server; its store goes with it."""
+        server = Server(self.new("server"))
         try:
-            yield pair
+            server.start()
+            yield server
         finally:
-            publisher.kill()
-            subscriber.kill()
-            free_space(directory)
+            server.stop()
+            self.drop(server.directory)
+
+    @contextlib.contextmanager
+    def daemons(self, server: Server, source: Path, mirrors: Sequence[Path]) -> Iterator[Fleet]:
+        """One publisher and its subscribers, each a process, with default settings; not started yet."""
+        directory = self.new("daemons")
+        fleet = Fleet(
+            Daemon(directory / "p", nats_table(server) + publish_table(source, self.layout)),
+            [
+                Daemon(directory / f"s{number}", nats_table(server) + subscribe_table(mirror))
+                for number, mirror in enumerate(mirrors)
+            ],
+            source,
+        )
+        try:
+            yield fleet
+        finally:
+            for daemon in fleet.all:
+                daemon.kill()
+            self.drop(directory)
 
 
-def write_config(state: Path, server: NatsServer, publish: Path | None = None) -> Path:
+# -- syncd's configuration ---------------------------------------------------------------------------------------------
+
+
+def nats_table(server: Server) -> str:
+    return f'[nats]\nservers = ["{server.url}"]\n'
+
+
+def publish_table(source: Path, layout: str) -> str:
+    return f'[[publish]]\nfolder = "{FOLDER}"\npath = "{source}"\nlayout = "{layout}"\n'
+
+
+def subscribe_table(mirror: Path) -> str:
+    return f'[[subscribe]]\nfolder = "{FOLDER}"\npath = "{mirror}"\n'
+
+
+def write_config(state: Path, text: str) -> Path:
+    """A configuration file with a state directory of its own."""
     state.mkdir(parents=True, exist_ok=True)
     file = state / "syncd.toml"
-    text = f'[daemon]\nstate_dir = "{state / "state"}"\n[nats]\nservers = ["{server.url}"]\n'
-    if publish is not None:
-        text += f'[[publish]]\nfolder = "{BUCKET}"\npath = "{publish}"\n'
-    file.write_text(text)
+    file.write_text(f'[daemon]\nstate_dir = "{state / "state"}"\n{text}')
     return file
 
 
+# -- processes that stay -----------------------------------------------------------------------------------------------
+
+
+class Server(NatsServer):
+    """A nats-server that tells what its clients sent and got."""
+
+    def __init__(self, directory: Path) -> None:
+        self.monitor = free_port()
+        super().__init__(directory, f'http: "127.0.0.1:{self.monitor}"')
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def peak(self) -> int:
+        """The most memory it ever had resident, in bytes."""
+        return peak_bytes(self.pid)
+
+    def client_bytes(self) -> dict[int, int]:
+        """Local port of a connected client -> bytes of its messages, both directions."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.monitor}/connz?limit=1024") as answer:
+            rows = json.load(answer)["connections"]
+        return {row["port"]: row["in_bytes"] + row["out_bytes"] for row in rows}
+
+
 @dataclass
-class Pair:
-    """A publisher daemon and a subscriber daemon."""
+class Fleet:
+    """A publisher daemon and its subscriber daemons."""
 
     publisher: Daemon
-    subscriber: Daemon
-    entries: int
+    subscribers: list[Daemon]
+    source: Path
 
-    def start(self) -> tuple[float, float]:
-        """Start both; returns the seconds until each is in sync with all entries, by its own status."""
+    @property
+    def all(self) -> list[Daemon]:
+        return [self.publisher, *self.subscribers]
+
+    def start(self) -> float:
+        """Start all; returns the seconds until the last one is in sync, by its own status."""
         begin = time.time()
-        self.publisher.start()
-        self.subscriber.start()
-        since = self.wait(begin)
-        return since[0] - begin, since[1] - begin
+        for daemon in self.all:
+            daemon.start()
+        return self.wait(begin) - begin
 
-    def wait(self, after: float, seconds: float = 900.0) -> tuple[float, float]:
-        """Wait until both are in sync; returns since when (wall clock)."""
-        deadline = time.monotonic() + seconds
+    def wait(self, after: float) -> float:
+        """Wait until all came to be in sync with all entries; returns when the last one did (wall clock)."""
+        entries = count_paths(self.source)
+        deadline = time.monotonic() + START_SECONDS
         while True:
-            states = [
-                self.publisher.status().get(f"publish-{BUCKET}"),
-                self.subscriber.status().get(f"subscribe-{BUCKET}"),
-            ]
-            if all(
-                one and one["state"] == "in_sync" and one["entries"] == self.entries and one["since"] > after
-                for one in states
-            ):
-                return states[0]["since"], states[1]["since"]  # type: ignore[index]
-            for daemon in (self.publisher, self.subscriber):
+            states = [status for daemon in self.all for status in _statuses(daemon)]
+            if len(states) == len(self.all) and all(_settled(status, entries, after) for status in states):
+                return max(status["since"] for status in states)
+            for daemon in self.all:
                 ended = daemon.process is None or daemon.process.poll() is not None
                 if ended or time.monotonic() > deadline:
-                    raise SystemExit(f"not in sync ({states}): {daemon.log.read_text()[-2000:]}")
-            time.sleep(0.05)
+                    raise SystemExit(f"not in sync with {entries} ({states}): {daemon.log.read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def publisher_cpu(self) -> float:
+        return cpu_seconds(_pid(self.publisher))
+
+    def publisher_bytes(self, server: Server) -> int:
+        """Bytes of the publisher's messages so far, both directions, as the server counted them."""
+        ports = _local_ports(_pid(self.publisher))
+        return sum(amount for port, amount in server.client_bytes().items() if port in ports)
 
     def peaks(self) -> tuple[int, int]:
-        """Peak memory of both, in bytes."""
-        assert self.publisher.process is not None
-        assert self.subscriber.process is not None
-        return peak_bytes(self.publisher.process.pid), peak_bytes(self.subscriber.process.pid)
+        """Peak memory of the publisher, and of the largest subscriber."""
+        return peak_bytes(_pid(self.publisher)), max(peak_bytes(_pid(daemon)) for daemon in self.subscribers)
 
     def stop(self) -> None:
         """SIGTERM, and wait."""
-        self.publisher.stop()
-        self.subscriber.stop()
+        for daemon in self.all:
+            daemon.stop()
+
+
+def _statuses(daemon: Daemon) -> list[dict[str, Any]]:
+    with contextlib.suppress(ValueError):  # it is just being written
+        return list(daemon.status().values())
+    return []
+
+
+def _settled(status: dict[str, Any], entries: int, after: float) -> bool:
+    return bool(status["state"] == "in_sync" and status["entries"] == entries and status["since"] > after)
+
+
+def _pid(daemon: Daemon) -> int:
+    assert daemon.process is not None
+    return daemon.process.pid
+
+
+def _local_ports(pid: int) -> set[int]:
+    """The local TCP ports of a process."""
+    sockets = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(str(descriptor.readlink()))
+    ports = set()
+    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if f"socket:[{fields[9]}]" in sockets:
+            ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
@@ -267,22 +226,29 @@ class Pair:
 
 def machine(directory: Path) -> dict[str, Any]:
     """What a reader needs to judge the figures."""
-    mount = subprocess.run(
-        ["findmnt", "-n", "-o", "FSTYPE", "-T", str(directory)], capture_output=True, text=True, check=False
-    )
-    server = subprocess.run([nats_server_binary(), "--version"], capture_output=True, text=True, check=True)
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3, 1),
         "kernel": platform.release(),
-        "filesystem": (mount.stdout.split() or ["unknown"])[-1],
+        "filesystem": filesystem(directory),
         "python": platform.python_version(),
-        "nats_server": server.stdout.split()[-1].lstrip("v"),
+        "nats_server": _output(nats_server_binary(), "--version").split()[-1].lstrip("v"),
         "nats_py": version("nats-py"),
         "load": round(os.getloadavg()[0], 2),
     }
+
+
+def filesystem(directory: Path) -> str:
+    """The type of the filesystem that a directory is on."""
+    return (_output("findmnt", "-n", "-o", "FSTYPE", "-T", str(directory)) or "unknown").split()[-1]
+
+
+def _output(*command: str) -> str:
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return ""
 
 
 def _cpu() -> str:
@@ -291,32 +257,3 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
-
-
-@dataclass
-class Figures:
-    """Named series of raw values, and notes; what is written as JSON."""
-
-    values: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, *values: float) -> None:
-        """Append raw values."""
-        self.values.setdefault(name, []).extend(values)
-
-    def median(self, name: str) -> float:
-        """The median of a series."""
-        return statistics.median(self.values[name])
-
-    def run(self, name: str, run: Run) -> None:
-        """Append all that is known of one process."""
-        self.add(f"{name}.seconds", run.seconds)
-        self.add(f"{name}.wall", run.wall)
-        self.add(f"{name}.cpu", run.cpu)
-        self.add(f"{name}.peak", run.peak)
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """The smallest value that at least this share does not exceed (nearest rank)."""
-    ordered = sorted(values)
-    rank = max(1, -(-len(ordered) * percent // 100))
-    return ordered[int(rank) - 1]

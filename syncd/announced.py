@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from syncd.index import Index, RemoteRow
     from syncd.rules import Rules
     from syncd.service import FolderThread
-    from syncd.store.base import Bucket, Link, ObjectInfo, Store
+    from syncd.store.base import Bucket, BucketState, Link, ObjectInfo, Store
 
 log = structlog.get_logger()
 
@@ -63,15 +63,15 @@ class Announced:
         self.listing_wanted = False
         self._had_links = True  # those of an earlier run, until the first look
 
-    async def catch_up(self, *, full: bool, hinted: int) -> set[str] | None:
+    async def catch_up(self, state: BucketState, *, full: bool, hinted: int) -> set[str] | None:
         """Read what the bucket announces into the index; return the paths that may have changed, ``None`` for all.
 
         A full listing is needed when the bucket is another one than before, when it lies behind what we saw (restored
         from a backup), and now and then, because tombstones do not live for ever.
 
+        :param state: the bucket's, as it is now.
         :param hinted: the highest sequence that a hint named; a replica that is behind it is asked again.
         """
-        state = await self._bucket.state()
         known = await self._thread.run(lambda: self._index.note("bucket"))
         position = int(await self._thread.run(lambda: self._index.note("position", "0")))
         if known != state.created or position > state.last_seq:

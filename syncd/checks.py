@@ -99,6 +99,11 @@ class _Checks:
                 self.say(
                     ("publish", number, "folder"), f'folder "{item.folder}" is already published by publish.{first}'
                 )
+            if item.layout == "generations" and item.bucket.ttl_seconds is not None:
+                self.say(
+                    ("publish", number, "bucket", "ttl_seconds"),
+                    'would take blobs away that generations need; use keep_days, or layout = "objects"',
+                )
 
     def roots(self) -> None:
         """Refuse mirrors that overlap with one another or a source: A -> B -> A is a loop."""

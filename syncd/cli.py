@@ -17,19 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import get_completion_class
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
-from syncd import __version__, logs, oneshot
+from syncd import __version__, logs, oneshot, render
 from syncd.daemon import run_daemon
 from syncd.errors import (
     EXIT_CONFIG,
@@ -40,25 +35,30 @@ from syncd.errors import (
     SyncdError,
     UsageError,
 )
+from syncd.history import DiffStat, History
+from syncd.model import Kind
 from syncd.paths import printable
+from syncd.render import SHOWN_PROBLEMS
 from syncd.settings import Settings, load
 from syncd.statedir import StateDir
 from syncd.status import FolderState
+from syncd.store.base import HEAD
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
+    from syncd.history import Summary
     from syncd.model import Problem
-    from syncd.progress import Progress as Step
+    from syncd.nodes import Child
+    from syncd.outlet import PushResult
     from syncd.status import FolderStatus
+    from syncd.store.base import Bucket, ObjectInfo
+    from syncd.treediff import Change
 
 T = TypeVar("T")
 Command = Callable[..., Any]
 
-SHOWN_PROBLEMS = 20
 STALE_SECONDS = 30.0
-WIDE = 200
-"""Columns of a table that goes to a file or a pipe."""
+SHOWN_DIGITS = 12
+"""Of a digest that a person reads."""
 
 
 def main() -> None:
@@ -134,6 +134,15 @@ def _settings(needs_file: bool = False) -> Callable[[Command], Command]:  # noqa
     return decorate
 
 
+def _generation_option(command: Command) -> Command:
+    return click.option(
+        "--generation",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="This generation instead of the newest.",
+    )(command)
+
+
 def _run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
@@ -187,17 +196,20 @@ def check(settings: Settings, offline: bool) -> int:  # noqa: FBT001
 @click.argument("folder")
 @click.option("--allow-delete", is_flag=True, help="Let a plan pass that a safety halt would hold.")
 @click.option("--take-over", is_flag=True, help="Become the folder's publisher, whoever was before.")
+@click.option("--change-layout", is_flag=True, help="Give the bucket the configured layout; what it holds goes.")
+@click.option("--note", default="", metavar="TEXT", help="A line of text for the generation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @_settings(needs_file=True)
-def push(settings: Settings, folder: str, *, allow_delete: bool, take_over: bool, as_json: bool) -> int:
+def push(settings: Settings, folder: str, *, as_json: bool, **wishes: Any) -> int:
     """Publish FOLDER once. Exit code 1 when some paths could not be published."""
-    with _progress("push", quiet=as_json) as step:
-        work = oneshot.push(settings, folder, allow_delete=allow_delete, take_over=take_over, progress=step)
-        result = _run(work)
+    with render.progress("push", quiet=as_json) as step:
+        result = _run(oneshot.push(settings, folder, **wishes, progress=step))
     again = sorted(printable(path) for path in result.again)
     if as_json:
         _print_json(
             {
+                "generation": result.generation,
+                "committed": result.committed,
                 "puts": result.puts,
                 "deletes": result.deletes,
                 "uploaded_bytes": result.uploaded_bytes,
@@ -207,29 +219,50 @@ def push(settings: Settings, folder: str, *, allow_delete: bool, take_over: bool
             }
         )
     else:
-        click.echo(
-            f"{folder}: {result.puts} put, {result.deletes} deleted, "
-            f"{_size(result.uploaded_bytes)} uploaded, {_size(result.reused_bytes)} known already"
-        )
+        click.echo(f"{folder}: {_pushed(result)}")
         _show_problems(result.problems)
         for path in again[:SHOWN_PROBLEMS]:
             click.echo(f"  {path}: kept changing while it was read", err=True)
     return EXIT_FAILED if result.problems or again else EXIT_OK
 
 
+def _pushed(result: PushResult) -> str:
+    if result.generation and not result.committed:
+        return f"nothing changed: generation {result.generation}"
+    generation = f"generation {result.generation}: " if result.generation else ""
+    return (
+        f"{generation}{result.puts} put, {result.deletes} deleted, "
+        f"{render.size(result.uploaded_bytes)} uploaded, {render.size(result.reused_bytes)} known already"
+    )
+
+
 @cli.command()
 @click.argument("folder")
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--allow-delete", is_flag=True, help="Let a plan pass that a safety halt would hold.")
+@_generation_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @_settings()
-def pull(settings: Settings, folder: str, directory: Path, allow_delete: bool, as_json: bool) -> int:  # noqa: FBT001
+def pull(
+    settings: Settings,
+    folder: str,
+    directory: Path,
+    *,
+    allow_delete: bool,
+    generation: int | None,
+    as_json: bool,
+) -> int:
     """Bring DIRECTORY up to FOLDER once. Exit code 1 when some paths could not be mirrored."""
-    with _progress("pull", quiet=as_json) as step:
-        result = _run(oneshot.pull(settings, folder, directory, allow_delete=allow_delete, progress=step))
+    with render.progress("pull", quiet=as_json) as step:
+        work = oneshot.pull(
+            settings, folder, directory, allow_delete=allow_delete, generation=generation or 0, progress=step
+        )
+        result = _run(work)
     if as_json:
         _print_json(
             {
+                "generation": result.generation,
+                "tree": result.root,
                 "placed": result.placed,
                 "removed": result.removed,
                 "downloaded_bytes": result.downloaded_bytes,
@@ -239,71 +272,178 @@ def pull(settings: Settings, folder: str, directory: Path, allow_delete: bool, a
             }
         )
     else:
+        what = f"generation {result.generation}: " if result.generation else ""
         click.echo(
-            f"{folder}: {result.placed} placed, {result.removed} removed, "
-            f"{_size(result.downloaded_bytes)} downloaded, {_size(result.reused_bytes)} here already"
+            f"{folder}: {what}{result.placed} placed, {result.removed} removed, "
+            f"{render.size(result.downloaded_bytes)} downloaded, {render.size(result.reused_bytes)} here already"
         )
         _show_problems(result.problems)
     return EXIT_FAILED if result.problems else EXIT_OK
 
 
-@cli.command("ls")
+@cli.command("log")
 @click.argument("folder")
-@click.option("--filter", "filters", multiple=True, metavar="KEY=VALUE", help="Only objects with this metadata.")
-@click.option("--long", "-l", "long", is_flag=True, help="Kind, mode, size, time and digest as well.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--limit", "-n", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @_settings()
-def ls(settings: Settings, folder: str, filters: tuple[str, ...], long: bool, as_json: bool) -> int:  # noqa: FBT001
-    """List the objects of FOLDER's bucket."""
-    wanted = dict(_key_value(text) for text in filters)
+def log_command(settings: Settings, folder: str, *, limit: int | None, as_json: bool) -> int:
+    """List the generations of FOLDER, the newest first."""
 
-    async def show() -> None:
-        async for item in oneshot.list_objects(settings, folder, wanted):
-            if as_json:
-                click.echo(
-                    json.dumps(
-                        {
-                            "name": item.name,
-                            "size": item.size,
-                            "chunks": item.chunks,
-                            "digest": item.digest,
-                            "written": _time(item.mtime_ns / 1e9),
-                            "seq": item.seq,
-                            "metadata": dict(item.metadata),
-                            "link": asdict(item.link) if item.link else None,
-                        }
-                    )
-                )
-            elif long:
-                kind = "link" if item.link else item.metadata.get("syncd-kind", "file")
-                mode = item.metadata.get("syncd-mode", "-")
-                when = _time(item.mtime_ns / 1e9)
-                click.echo(f"{printable(kind):7} {printable(mode):5} {item.size:>12} {when} {printable(item.name)}")
-            else:
-                click.echo(printable(item.name))
+    async def read() -> list[Summary]:
+        async with oneshot.open_history(settings, folder) as history:
+            return await history.log()
 
-    _run(show())
+    generations = _run(read())[:limit]
+    if as_json:
+        _print_json([one.to_json() for one in generations])
+    else:
+        render.show_log(generations)
     return EXIT_OK
 
 
 @cli.command()
 @click.argument("folder")
-@click.argument("path")
+@click.argument("one", metavar="A")
+@click.argument("other", metavar="B")
+@click.option("--stat", is_flag=True, help="Only how many paths, and how many bytes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per path, or one with --stat.")
 @_settings()
-def cat(settings: Settings, folder: str, path: str) -> int:
-    """Write the verified content of PATH in FOLDER's bucket to standard output."""
-    _run(oneshot.cat(settings, folder, path, sys.stdout.buffer))
+def diff(settings: Settings, folder: str, one: str, other: str, *, stat: bool, as_json: bool) -> int:
+    """Say what changed in FOLDER from A to B: generation numbers, or names of channels (head).
+
+    A added, M content, m only mode or time, D removed, T another kind of entry.
+    """
+
+    async def show() -> DiffStat:
+        total = DiffStat()
+        async with oneshot.open_history(settings, folder) as history:
+            async for change in history.differences(one, other):
+                total.add(change)
+                if not stat:
+                    click.echo(_change_json(change) if as_json else f"{change.mark} {printable(change.path)}")
+        return total
+
+    total = _run(show())
+    if stat and as_json:
+        _print_json(total.to_json())
+    elif stat:
+        for mark, counts in total.marks.items():
+            click.echo(f"{mark} {counts.paths:>9} {render.size(counts.bytes):>10}  {mark.words}")
+    return EXIT_OK
+
+
+def _change_json(change: Change) -> str:
+    before, after = (_fields(one) if one is not None else None for one in (change.before, change.after))
+    return json.dumps({"path": change.path, "mark": str(change.mark), "before": before, "after": after})
+
+
+@cli.command("ls")
+@click.argument("folder")
+@_generation_option
+@click.option("--filter", "filters", multiple=True, metavar="KEY=VALUE", help="Only objects with this metadata.")
+@click.option("--long", "-l", "long", is_flag=True, help="Kind, mode, size, time and digest as well.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@_settings()
+def ls(
+    settings: Settings, folder: str, *, generation: int | None, filters: tuple[str, ...], long: bool, as_json: bool
+) -> int:
+    """List what FOLDER holds: the paths of a generation, or the objects of a bucket of the objects layout."""
+    wanted = dict(_key_value(text) for text in filters)
+
+    async def show() -> None:
+        async with oneshot.open_bucket(settings, folder) as bucket:
+            history = await History.open(bucket) if generation else await History.find(bucket)
+            if history is None:
+                await _list_objects(bucket, wanted, long=long, as_json=as_json)
+            elif wanted:
+                raise UsageError("--filter goes with the objects layout: a path in a generation has no metadata")
+            else:
+                await _list_entries(history, generation or HEAD, long=long, as_json=as_json)
+
+    _run(show())
+    return EXIT_OK
+
+
+async def _list_entries(history: History, which: str | int, *, long: bool, as_json: bool) -> None:
+    async for path, child in history.entries(which):
+        entry = child.entry
+        if as_json:
+            click.echo(json.dumps({"path": path} | _fields(child)))
+        elif long:
+            target = f" -> {printable(entry.target)}" if entry.kind is Kind.SYMLINK else ""
+            digest = (entry.digest or child.tree)[:SHOWN_DIGITS]
+            when = render.when(entry.mtime_ns // 10**9)
+            click.echo(
+                f"{entry.kind:7} {entry.mode:04o} {entry.size:>12} {when} {digest:{SHOWN_DIGITS}} "
+                f"{printable(path)}{target}"
+            )
+        else:
+            click.echo(printable(path))
+
+
+def _fields(child: Child) -> dict[str, Any]:
+    """Return plain JSON types; a directory's digest is its tree digest."""
+    entry = child.entry
+    return {
+        "kind": entry.kind.value,
+        "mode": f"{entry.mode:04o}",
+        "size": entry.size,
+        "mtime_ns": entry.mtime_ns,
+        "digest": entry.digest or child.tree,
+        "target": entry.target,
+    }
+
+
+async def _list_objects(bucket: Bucket, wanted: dict[str, str], *, long: bool, as_json: bool) -> None:
+    async for item in oneshot.list_objects(bucket, wanted):
+        if as_json:
+            click.echo(_object_json(item))
+        elif long:
+            kind = "link" if item.link else item.metadata.get("syncd-kind", "file")
+            mode = item.metadata.get("syncd-mode", "-")
+            when = render.when(item.mtime_ns / 1e9)
+            click.echo(f"{printable(kind):7} {printable(mode):5} {item.size:>12} {when} {printable(item.name)}")
+        else:
+            click.echo(printable(item.name))
+
+
+def _object_json(item: ObjectInfo) -> str:
+    return json.dumps(
+        {
+            "name": item.name,
+            "size": item.size,
+            "chunks": item.chunks,
+            "digest": item.digest,
+            "written": render.when(item.mtime_ns / 1e9),
+            "seq": item.seq,
+            "metadata": dict(item.metadata),
+            "link": asdict(item.link) if item.link else None,
+        }
+    )
+
+
+@cli.command()
+@click.argument("folder")
+@click.argument("path")
+@_generation_option
+@_settings()
+def cat(settings: Settings, folder: str, path: str, *, generation: int | None) -> int:
+    """Write the verified content of PATH in FOLDER to standard output."""
+    _run(oneshot.cat(settings, folder, path, sys.stdout.buffer, generation=generation or 0))
     return EXIT_OK
 
 
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--folder", help="The folder it mirrors, if the configuration does not say.")
+@click.option(
+    "--generation", type=click.IntRange(min=1), metavar="N", help="Compare with this one, not with what was applied."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @_settings()
-def verify(settings: Settings, directory: Path, folder: str | None, as_json: bool) -> int:  # noqa: FBT001
+def verify(settings: Settings, directory: Path, *, folder: str | None, generation: int | None, as_json: bool) -> int:
     """Read every file of the mirror DIRECTORY and compare it with the bucket. Exit code 1 when it differs."""
-    verdict = _run(oneshot.verify(settings, directory, folder))
+    verdict = _run(oneshot.verify(settings, directory, folder, generation=generation or 0))
     if as_json:
         _print_json(asdict(verdict))
     else:
@@ -311,11 +451,34 @@ def verify(settings: Settings, directory: Path, folder: str | None, as_json: boo
             click.echo(f"  {printable(deviation.path)}: {deviation.what}")
         if len(verdict.deviations) > SHOWN_PROBLEMS:
             click.echo(f"  and {len(verdict.deviations) - SHOWN_PROBLEMS} more (--json has all)")
+        where = f"generation {verdict.generation}, " if verdict.generation else ""
+        tree = f"tree {verdict.found[:SHOWN_DIGITS]}: " if verdict.found else ""
         click.echo(
-            f"{verdict.checked} paths checked, {len(verdict.deviations)} differ, "
+            f"{where}{tree}{verdict.checked} paths checked, {len(verdict.deviations)} differ, "
             f"{verdict.extraneous} not from this folder"
         )
-    return EXIT_FAILED if verdict.deviations else EXIT_OK
+    return EXIT_OK if verdict.sound else EXIT_FAILED
+
+
+@cli.command("gc")
+@click.argument("folder")
+@click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_settings(needs_file=True)
+def gc_command(settings: Settings, folder: str, *, dry_run: bool, as_json: bool) -> int:
+    """Free what no kept generation of FOLDER reaches, as its publisher does by itself."""
+    result = _run(oneshot.collect(settings, folder, dry_run=dry_run))
+    if as_json:
+        _print_json(asdict(result) | {"dry_run": dry_run})
+        return EXIT_OK
+    would = "would be " if dry_run else ""
+    click.echo(
+        f"{folder}: {result.generations_kept} generations kept, {result.generations_removed} {would}removed; "
+        f"{result.freed_blobs} of {result.blobs} blobs {would}freed, {result.repacked} packs {would}packed anew"
+    )
+    after = "" if dry_run else f", {render.size(result.size_after)} after"
+    click.echo(f"{folder}: {render.size(result.size)} before{after}")
+    return EXIT_OK
 
 
 @cli.command()
@@ -354,7 +517,7 @@ def status(settings: Settings, watch: bool, as_json: bool) -> int:  # noqa: FBT0
         if as_json:
             _print_json({"running": running, "daemon": daemon, "folders": [one.to_json() for one in folders]})
         else:
-            _show_status(folders, running=running, clear=watch)
+            render.show_status(folders, running=running, clear=watch)
         if not watch:
             return EXIT_OK if running and all(_healthy(one) for one in folders) else EXIT_FAILED
         time.sleep(1)
@@ -377,91 +540,11 @@ def _healthy(folder: FolderStatus) -> bool:
     return folder.state not in {FolderState.FAILED, FolderState.HALTED, FolderState.STOPPED}
 
 
-def _show_status(folders: list[FolderStatus], *, running: bool, clear: bool) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDE
-    if clear:
-        console.clear()
-    table = Table("folder", "role", "state", "last sync", "pending", "entries", "size", "problems", "path", box=None)
-    for one in folders:
-        table.add_row(
-            *(
-                escape(text)
-                for text in (
-                    one.folder,
-                    one.role,
-                    one.state.value if running else "stopped",
-                    _ago(one.last_sync),
-                    str(one.pending),
-                    str(one.entries),
-                    _size(one.bytes),
-                    str(one.problem_count),
-                    printable(one.path),
-                )
-            )
-        )
-    console.print("daemon is running" if running else "daemon is not running")
-    if folders:
-        console.print(table)
-    for one in folders:
-        if one.error:
-            hint = f" ({one.hint})" if one.hint else ""
-            console.print(f"{escape(one.folder)} ({one.role}): {escape(printable(one.error + hint))}", soft_wrap=True)
-        for problem in one.problems[:SHOWN_PROBLEMS]:
-            text = f"{printable(problem.path)}: {problem.code}: {printable(problem.text)}"
-            console.print(f"  {escape(one.folder)}: {escape(text)}", soft_wrap=True)
-        if (more := one.problem_count - min(len(one.problems), SHOWN_PROBLEMS)) > 0:
-            console.print(f"  {escape(one.folder)}: and {more} more problems")
-
-
 def _show_problems(problems: list[Problem]) -> None:
     for problem in problems[:SHOWN_PROBLEMS]:
         click.echo(f"  {printable(problem.path)}: {problem.code}: {printable(problem.text)}", err=True)
     if len(problems) > SHOWN_PROBLEMS:
         click.echo(f"  and {len(problems) - SHOWN_PROBLEMS} more (--json has all)", err=True)
-
-
-def _progress(what: str, *, quiet: bool) -> AbstractContextManager[Callable[[Step], None] | None]:
-    """Return a progress bar on a terminal, nothing elsewhere."""
-    console = Console(stderr=True)
-    return _Bar(what, console) if console.is_terminal and not quiet else _NoBar()
-
-
-class _NoBar:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-class _Bar:
-    """One bar: bytes done of bytes in total, and files."""
-
-    def __init__(self, what: str, console: Console) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[files]} files"),
-            console=console,
-            transient=True,
-        )
-        self._task = self._bar.add_task(what, total=None, files="0")
-
-    def __enter__(self) -> Callable[[Step], None]:
-        self._bar.start()
-        return self._step
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def _step(self, step: Step) -> None:
-        files = f"{step.files}/{step.total_files}"
-        self._bar.update(self._task, total=max(step.total_bytes, step.bytes), completed=step.bytes, files=files)
 
 
 def _print_json(data: object) -> None:
@@ -473,25 +556,3 @@ def _key_value(text: str) -> tuple[str, str]:
     if not separator or not key:
         raise UsageError(f"--filter {text!r} is not KEY=VALUE")
     return key, value
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def _ago(when: float | None) -> str:
-    if when is None:
-        return "never"
-    seconds = max(0, int(time.time() - when))
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size}{unit} ago"
-    return f"{seconds}s ago"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:  # noqa: PLR2004
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from syncd.holdings import PublishOptions
+    from syncd.outlet import PublishOptions
     from syncd.settings import Settings
     from syncd.status import Role
     from syncd.store.base import Store

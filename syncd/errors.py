@@ -113,6 +113,16 @@ class ObjectCorrupt(SyncdError):
     """An object's chunks do not match its metadata (size, count or digest), or the metadata is not readable."""
 
 
+class FormatTooNew(SyncdError):
+    """The bucket holds a format that a newer version wrote; this one would misread it."""
+
+
+class LayoutMismatch(SyncdError):
+    """The bucket has another layout than the configuration says; nothing is changed without being asked."""
+
+    exit_code = EXIT_CONFIG
+
+
 class BadName(SyncdError):
     """A name from the wire or from disk that must not be used as a path or object name."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from syncd.errors import DiskProblem, ObjectCorrupt, ObjectGone, SyncdError
-from syncd.index import LocalRow, RemoteRow
-from syncd.model import Entry, Kind, Problem
+from syncd.index import LocalRow
+from syncd.model import Entry, Kind
 from syncd.store.mapping import object_info, remote_row
+from syncd.upstream import Fetch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from syncd.progress import Meter
     from syncd.service import FolderThread
     from syncd.store.base import Bucket, Store
+    from syncd.upstream import PullResult, Row
 
 SMALL_FILE = 64 * 1024
 FETCH_ITEMS = 500
@@ -26,41 +27,6 @@ FETCH_BYTES = 4 * 1024 * 1024
 PARALLEL_DOWNLOADS = 4
 PARALLEL_REFETCHES = 64
 FETCH_TRIES = 4
-
-Row = tuple[str, LocalRow | None, RemoteRow | None]
-"""One line of a diff: path, what syncd keeps in the mirror, what the bucket announces."""
-
-
-@dataclass(slots=True)
-class PullResult:
-    """What one or more rounds did."""
-
-    placed: int = 0
-    removed: int = 0
-    downloaded_bytes: int = 0
-    reused_bytes: int = 0
-    drifted: int = 0
-    problems: list[Problem] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Fetch:
-    """One file whose content is to be staged.
-
-    :ivar staged: the name of the staged content, "" while there is none.
-    :ivar in_place: what is at the path already, with the content that is wanted.
-    :ivar error: why the content could not be had.
-    """
-
-    row: RemoteRow
-    staged: str = ""
-    in_place: LocalRow | None = None
-    error: SyncdError | None = None
-
-    @property
-    def small(self) -> bool:
-        """Whether it is fetched together with others."""
-        return self.row.entry.size <= SMALL_FILE and self.row.chunks <= 1
 
 
 class Fetcher:
@@ -121,8 +87,8 @@ class Fetcher:
 
         :raises SyncdError: the store or the disk failed: the batch is given up, the mirror is as it was.
         """
-        await self._download_small([fetch for fetch in fetches if fetch.small], result, meter)
-        large = [fetch for fetch in fetches if not fetch.small]
+        await self._download_small([fetch for fetch in fetches if _is_small(fetch)], result, meter)
+        large = [fetch for fetch in fetches if not _is_small(fetch)]
         await self._download_side_by_side(large, PARALLEL_DOWNLOADS, result, meter)
 
     async def _download_side_by_side(
@@ -235,6 +201,11 @@ class Fetcher:
         fetch.row = row
         await self._thread.run(lambda: self._index.put_remote([row]))
         return True
+
+
+def _is_small(fetch: Fetch) -> bool:
+    """Tell whether it is fetched together with others."""
+    return fetch.row.entry.size <= SMALL_FILE and fetch.row.chunks <= 1
 
 
 def _groups(fetches: Iterable[Fetch]) -> Iterator[list[Fetch]]:

@@ -1,27 +1,26 @@
-"""What the bucket holds, as its publisher knows it: catch-up, audit, and content nobody announces any more."""
+"""What a bucket of the objects layout holds, as its publisher knows it: catch-up, audit, and replaced content."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import structlog
 
 from syncd.crashpoints import crash_point
-from syncd.errors import BucketNotFound, BucketSealed, FolderTaken, SyncdError
+from syncd.errors import FolderTaken, SyncdError
+from syncd.outlet import Claim
 from syncd.paths import is_usable, printable
-from syncd.store.base import NUID_PREFIX, BadMeta, BucketSpec
+from syncd.store.base import NUID_PREFIX, BadMeta
 from syncd.store.mapping import PUBLISHER, remote_row, stored_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
 
     from syncd.index import Index, RemoteRow
-    from syncd.rules import Rules
+    from syncd.outlet import PublishOptions, Wish
     from syncd.service import FolderThread
-    from syncd.store.base import Bucket, BucketState, ObjectInfo, Store
+    from syncd.store.base import Bucket, ObjectInfo, Store
 
 log = structlog.get_logger()
 
@@ -33,29 +32,6 @@ RESERVE_BYTES = 128 * 1024
 RESERVE_SHARE = 16
 """What puts leave free of a limited bucket, at most this part of it: a tombstone needs room before it makes room."""
 MAX_AUDITED_NUIDS = 500_000
-
-
-@dataclass(frozen=True, slots=True)
-class PublishOptions:
-    """One ``[[publish]]`` as plain values.
-
-    :ivar publisher: who we are in object metadata, stable across restarts: ``host:/path``.
-    :ivar settle_seconds: how long a changed path must be quiet before it is read.
-    :ivar grace_seconds: how long replaced content stays readable.
-    :ivar metadata: the folder's own key/values, on every object.
-    """
-
-    folder: str
-    path: Path
-    rules: Rules
-    publisher: str
-    bucket: BucketSpec = field(default_factory=BucketSpec)
-    symlinks: Literal["inside", "all", "skip"] = "inside"
-    settle_seconds: float = 0.05
-    rescan_seconds: float = 60.0
-    max_delete_percent: float = 50.0
-    grace_seconds: float = 600.0
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class Holdings:
@@ -74,8 +50,8 @@ class Holdings:
         clock: Callable[[], float],
     ) -> None:
         self._options = options
-        self._store = store
         self._bucket = bucket
+        self._claim = Claim(options, store, bucket)
         self._index = index
         self._thread = thread
         self._clock = clock
@@ -98,25 +74,13 @@ class Holdings:
         """
         self._next_audit = min(self._next_audit, self._earliest_audit)
 
-    async def catch_up(self, *, take_over: bool = False) -> None:
-        """Read into the index what the bucket announces, creating the bucket where it does not exist.
+    async def catch_up(self, wish: Wish) -> None:
+        """Read into the index what the bucket announces, making the bucket where there is none.
 
-        :param take_over: become its publisher, whoever was before.
-        :raises FolderTaken: it has another publisher.
+        :raises FolderTaken, LayoutMismatch, BucketSealed: see :class:`syncd.outlet.Claim`.
         """
-        state = await self._state()
+        state = await self._claim.hold(wish)
         self._limited = state.max_bytes is not None
-        if state.sealed:
-            raise BucketSealed(
-                f"bucket {self._options.folder!r} is sealed",
-                hint="publish to another folder name, or delete the bucket",
-            )
-        holder = await self._bucket.claim(self._options.publisher, take_over=take_over)
-        if holder != self._options.publisher:
-            raise FolderTaken(
-                f"folder {self._options.folder!r} is published by {printable(holder)}",
-                hint=f"if that publisher is retired: syncd push {self._options.folder} --take-over",
-            )
         position = await self._thread.run(lambda: self._position(state.created, state.last_seq))
         if self._clock() < self._next_audit:
             await self._read(position, after=position)
@@ -130,18 +94,6 @@ class Holdings:
             self._next_audit = now + AUDIT_SECONDS
             self._earliest_audit = now + max(MIN_AUDIT_SECONDS, AUDIT_FACTOR * (now - started))
         self._began = True
-
-    async def _state(self) -> BucketState:
-        try:
-            state = await self._bucket.state()
-        except BucketNotFound:
-            state = await self._store.create_bucket(self._options.folder, self._options.bucket)
-            self._log.info("bucket_created", bucket=self._options.folder)
-            return state
-        if not self._began and not state.sealed:
-            # Made by another client, or by an older version: add what it lacks, where we may.
-            state = await self._store.create_bucket(self._options.folder, self._options.bucket)
-        return state
 
     async def _read(self, begin: int, *, after: int) -> None:
         """Read metas from ``begin`` (0: all of them) into the index.

@@ -4,41 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from syncd.audit import Verdict, audit
+from syncd.checkout import APPLIED
 from syncd.checks import Finding, disk_findings, problems_of
-from syncd.errors import ObjectCorrupt, SyncdError, Unavailable, UsageError
-from syncd.index import Index, LocalRow
-from syncd.mirror import Mirror
-from syncd.model import Entry, Kind
+from syncd.errors import DiskProblem, Locked, ObjectCorrupt, SyncdError, Unavailable, UsageError
+from syncd.history import History
+from syncd.index import Index
+from syncd.nodes import NOTE_MAX
 from syncd.paths import printable
-from syncd.publisher import Publisher, PushResult
+from syncd.publisher import Publisher
 from syncd.rules import Rules
 from syncd.statedir import StateDir
 from syncd.status import FolderState, FolderStatus, StatusKeeper
-from syncd.store.base import BadMeta, ObjectInfo
+from syncd.store.base import HEAD, BadMeta, ObjectInfo
 from syncd.store.bucket import NatsStore
 from syncd.store.connection import Connection, check_version, require_jetstream
-from syncd.store.mapping import remote_row
 from syncd.store.probe import missing_permissions
 from syncd.subscriber import SubscribeOptions, Subscriber
 from syncd.wiring import connection_options, publish_options, subscribe_options
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
 
-    from syncd.fetch import PullResult
+    from syncd.outlet import PushResult
     from syncd.progress import Progress
-    from syncd.settings import Settings
-    from syncd.store.base import Store
+    from syncd.retention import Collected
+    from syncd.settings import PublishSettings, Settings
+    from syncd.store.base import Bucket, Sink, Store
+    from syncd.upstream import PullResult
 
 CONNECT_SECONDS = 10.0
 SPOOL_BYTES = 8 * 1024 * 1024
+NOT_IN_NOTES = {"Cc", "Cs", "Zl", "Zp"}
+"""Unicode categories: control characters, lone surrogates, separators of lines and paragraphs."""
 
 
 @contextlib.asynccontextmanager
@@ -66,29 +72,70 @@ def _keeper(role: str, folder: str, path: Path) -> StatusKeeper:
     return StatusKeeper(first, clock=time.time, report=lambda _: None)
 
 
+def _published(settings: Settings, folder: str) -> PublishSettings:
+    for item in settings.publish:
+        if item.folder == folder:
+            return item
+    raise UsageError(f"no [[publish]] with folder = {folder!r} in the configuration")
+
+
+@contextlib.asynccontextmanager
+async def _publisher(settings: Settings, folder: str) -> AsyncIterator[Publisher]:
+    item = _published(settings, folder)
+    state = StateDir(settings.daemon.state_dir)
+    state.prepare()
+    index_file = state.index_file("publish", folder, item.path)
+    async with open_store(settings) as (store, _):
+        yield Publisher(
+            publish_options(settings, item), store, index_file, status=_keeper("publish", folder, item.path)
+        )
+
+
 async def push(
     settings: Settings,
     folder: str,
     *,
     allow_delete: bool,
     take_over: bool,
+    change_layout: bool = False,
+    note: str = "",
     progress: Callable[[Progress], None] | None,
 ) -> PushResult:
     """Publish one configured folder once.
 
-    :raises UsageError: no ``[[publish]]`` of that name.
+    :raises UsageError: no ``[[publish]]`` of that name, or a note that cannot be kept.
     """
-    item = next((item for item in settings.publish if item.folder == folder), None)
-    if item is None:
-        raise UsageError(f"no [[publish]] with folder = {folder!r} in the configuration")
-    state = StateDir(settings.daemon.state_dir)
-    state.prepare()
-    index_file = state.index_file("publish", folder, item.path)
-    async with open_store(settings) as (store, _):
-        publisher = Publisher(
-            publish_options(settings, item), store, index_file, status=_keeper("publish", folder, item.path)
+    if note and _published(settings, folder).layout != "generations":
+        raise UsageError(
+            f"folder {folder!r} has the objects layout, which keeps no notes", hint="notes belong to generations"
         )
-        return await publisher.push(allow_delete=allow_delete, take_over=take_over, progress=progress)
+    check_note(note)
+    async with _publisher(settings, folder) as publisher:
+        return await publisher.push(
+            allow_delete=allow_delete, take_over=take_over, change_layout=change_layout, note=note, progress=progress
+        )
+
+
+def check_note(note: str) -> None:
+    """Refuse a text that is no note: it is one line that a terminal can show as it is.
+
+    :raises UsageError: too long, or with control characters.
+    """
+    if len(note) > NOTE_MAX:
+        raise UsageError(f"a note of {len(note)} characters; {NOTE_MAX} is the most")
+    if any(unicodedata.category(char) in NOT_IN_NOTES for char in note):
+        raise UsageError(
+            f"the note {printable(note)!r} has control characters or line breaks", hint="a note is one line of text"
+        )
+
+
+async def collect(settings: Settings, folder: str, *, dry_run: bool) -> Collected:
+    """Free what no kept generation of a configured folder reaches.
+
+    :raises UsageError: no ``[[publish]]`` of that name, or it has the objects layout.
+    """
+    async with _publisher(settings, folder) as publisher:
+        return await publisher.collect(dry_run=dry_run)
 
 
 async def pull(
@@ -97,9 +144,14 @@ async def pull(
     directory: Path,
     *,
     allow_delete: bool,
+    generation: int = 0,
     progress: Callable[[Progress], None] | None,
 ) -> PullResult:
-    """Bring a directory up to a bucket once; a configured mirror of it keeps its options."""
+    """Bring a directory up to a bucket once; a configured mirror of it keeps its options.
+
+    :param generation: bring it to this generation; 0: to the newest.
+    :raises UsageError: there is no such generation, or the bucket keeps none.
+    """
     directory = absolute(directory)
     item = next((item for item in settings.subscribe if item.folder == folder and item.path == directory), None)
     options = subscribe_options(item) if item else SubscribeOptions(folder, directory, Rules())
@@ -107,45 +159,53 @@ async def pull(
     state.prepare()
     index_file = state.index_file("subscribe", folder, directory)
     async with open_store(settings) as (store, _):
+        if generation:
+            await (await History.open(store.bucket(folder))).commit(generation)  # in plain words, before anything else
         subscriber = Subscriber(options, store, index_file, status=_keeper("subscribe", folder, directory))
-        return await subscriber.pull(allow_delete=allow_delete, progress=progress)
+        return await subscriber.pull(allow_delete=allow_delete, generation=generation, progress=progress)
 
 
-async def list_objects(settings: Settings, folder: str, wanted: dict[str, str]) -> AsyncIterator[ObjectInfo]:
-    """Yield a bucket's live objects whose metadata has all the wanted values, in the order they were written."""
+@contextlib.asynccontextmanager
+async def open_bucket(settings: Settings, folder: str) -> AsyncIterator[Bucket]:
+    """Connect for one command that looks into one bucket."""
     async with open_store(settings) as (store, _):
-        async for page in store.bucket(folder).changes(0):
-            for item in page.items:
-                if isinstance(item, BadMeta) or item.deleted:
-                    continue
-                if all(item.metadata.get(key) == value for key, value in wanted.items()):
-                    yield item
+        yield store.bucket(folder)
 
 
-async def cat(settings: Settings, folder: str, name: str, out: BinaryIO) -> None:
-    """Write one object's content to ``out``, but only once all of it is verified.
+@contextlib.asynccontextmanager
+async def open_history(settings: Settings, folder: str) -> AsyncIterator[History]:
+    """Connect for one command that looks into a folder's generations.
 
-    :raises UsageError: there is no such object, or it has no content (a directory, a symlink).
+    :raises UsageError: it has the objects layout.
+    """
+    async with open_bucket(settings, folder) as bucket:
+        yield await History.open(bucket)
+
+
+async def list_objects(bucket: Bucket, wanted: dict[str, str]) -> AsyncIterator[ObjectInfo]:
+    """Yield a bucket's live objects whose metadata has all the wanted values, in the order they were written."""
+    async for page in bucket.changes(0):
+        for item in page.items:
+            if isinstance(item, BadMeta) or item.deleted:
+                continue
+            if all(item.metadata.get(key) == value for key, value in wanted.items()):
+                yield item
+
+
+async def cat(settings: Settings, folder: str, name: str, out: BinaryIO, *, generation: int = 0) -> None:
+    """Write one content to ``out``, but only once all of it is verified.
+
+    :param generation: of which one; 0: what the folder holds now.
+    :raises UsageError: there is no such path or generation, or it has no content (a directory, a symlink).
     """
     async with open_store(settings) as (store, _):
         bucket = store.bucket(folder)
-        info = await bucket.get_info(name)
-        for _ in range(2):  # the object itself, or what its link points to
-            if info is None or info.deleted:
-                raise UsageError(f"no object {printable(name)!r} in bucket {folder!r}", hint=f"see: syncd ls {folder}")
-            if info.link is None:
-                break
-            if info.link.name is None:
-                raise UsageError(f"{printable(name)!r} is a link to the bucket {info.link.bucket!r}")
-            bucket = store.bucket(info.link.bucket)
-            info = await bucket.get_info(info.link.name)
-        if info is None or info.link is not None:
-            raise ObjectCorrupt(f"{printable(name)!r} is a link to another link")
-        kind = info.metadata.get("syncd-kind", "file")
-        if kind != "file":
-            raise UsageError(f"{printable(name)!r} is a {kind}, it has no content")
+        history = await History.open(bucket) if generation else await History.find(bucket)
         with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
-            await bucket.download(info, spool)
+            if history is not None:
+                await history.save(name, spool, generation or HEAD)
+            else:
+                await _save_object(store, bucket, name, spool)
 
             def copy() -> None:
                 spool.seek(0)
@@ -156,36 +216,31 @@ async def cat(settings: Settings, folder: str, name: str, out: BinaryIO) -> None
             await asyncio.to_thread(copy)
 
 
-async def seal(settings: Settings, folder: str) -> None:
-    """Make a bucket read-only for ever."""
-    async with open_store(settings) as (store, _):
-        await store.bucket(folder).seal()
+async def _save_object(store: Store, bucket: Bucket, name: str, out: Sink) -> None:
+    folder = bucket.name
+    info = await bucket.get_info(name)
+    for _ in range(2):  # the object itself, or what its link points to
+        if info is None or info.deleted:
+            raise UsageError(f"no object {printable(name)!r} in bucket {folder!r}", hint=f"see: syncd ls {folder}")
+        if info.link is None:
+            break
+        if info.link.name is None:
+            raise UsageError(f"{printable(name)!r} is a link to the bucket {info.link.bucket!r}")
+        bucket = store.bucket(info.link.bucket)
+        info = await bucket.get_info(info.link.name)
+    if info is None or info.link is not None:
+        raise ObjectCorrupt(f"{printable(name)!r} is a link to another link")
+    kind = info.metadata.get("syncd-kind", "file")
+    if kind != "file":
+        raise UsageError(f"{printable(name)!r} is a {kind}, it has no content")
+    await bucket.download(info, out)
 
 
-# -- verify --------------------------------------------------------------------------------------------------------
+async def verify(settings: Settings, directory: Path, folder: str | None, *, generation: int = 0) -> Verdict:
+    """Read every file of a mirror and compare it with its bucket.
 
-
-@dataclass(frozen=True, slots=True)
-class Deviation:
-    """One path where a mirror is not what the bucket says: ``missing``, ``content``, ``kind``, ``mode``, ``mtime``."""
-
-    path: str
-    what: str
-
-
-@dataclass(slots=True)
-class Verdict:
-    """What an audit found; ``extraneous`` paths are not syncd's and no fault."""
-
-    checked: int
-    extraneous: int
-    deviations: list[Deviation]
-
-
-async def verify(settings: Settings, directory: Path, folder: str | None) -> Verdict:
-    """Read every file of a mirror and compare it with the bucket.
-
-    :raises UsageError: the directory is no configured mirror and no folder is named.
+    :param generation: what to compare with; 0: what this host applied, as far as it knows, else the head.
+    :raises UsageError: the directory is no configured mirror and no folder is named; or there is no such generation.
     """
     directory = absolute(directory)
     item = next((item for item in settings.subscribe if item.path == directory), None)
@@ -193,62 +248,34 @@ async def verify(settings: Settings, directory: Path, folder: str | None) -> Ver
         raise UsageError(f"{directory} is no [[subscribe]] path of the configuration", hint="name it: --folder FOLDER")
     name = folder or (item.folder if item else "")
     rules = Rules(item.include, item.exclude) if item else Rules()
-    with tempfile.TemporaryDirectory(prefix="syncd-verify-") as scratch:
-        index = await asyncio.to_thread(Index, Path(scratch) / "verify.db")
-        try:
-            async with open_store(settings) as (store, _):
-                await _list_into(index, store, name, rules)
-            return await asyncio.to_thread(_compare, index, directory)
-        finally:
-            await asyncio.to_thread(index.close)
+    applied = await asyncio.to_thread(_applied, settings, name, directory)
+    async with open_bucket(settings, name) as bucket:
+        return await audit(bucket, directory, rules, generation=generation, applied=applied)
 
 
-async def _list_into(index: Index, store: Store, folder: str, rules: Rules) -> None:
-    async for page in store.bucket(folder).changes(0):
-        rows = []
-        for item in page.items:
-            if isinstance(item, BadMeta) or item.deleted or item.link is not None:
-                continue
-            with contextlib.suppress(SyncdError):  # refused objects are the daemon's report, not a mirror's fault
-                row = remote_row(item)
-                if rules.takes(row.path, is_dir=row.entry.kind is Kind.DIR):
-                    rows.append(row)
-        await asyncio.to_thread(index.put_remote, rows)
+def _applied(settings: Settings, folder: str, directory: Path) -> int:
+    """Return the generation that a mirror of this host has: by its index, or, while a daemon has that, its status.
+
+    0 where nobody knows: it was never mirrored here, or this user must not look.
+    """
+    state = StateDir(settings.daemon.state_dir)
+    file = state.index_file("subscribe", folder, directory)
+    with contextlib.suppress(OSError, Locked, DiskProblem, ValueError, KeyError, TypeError):
+        if not state.daemon_runs() and file.exists():
+            index = Index(file)
+            try:
+                return int(json.loads(index.note(APPLIED))["number"])
+            finally:
+                index.close()
+    _, folders = state.read_status()
+    found = [one for one in folders if one.role == "subscribe" and one.folder == folder and one.path == str(directory)]
+    return found[0].generation if found else 0
 
 
-def _compare(index: Index, directory: Path) -> Verdict:
-    with Mirror.peek(directory) as mirror:
-
-        def rows() -> Iterator[LocalRow]:
-            for path, disk in mirror.walk():
-                if disk.kind is None:
-                    continue
-                digest = sha256 = ""
-                if disk.kind is Kind.FILE and index.remote(path) is not None:
-                    digest, sha256, _ = mirror.read_digests(path)
-                mode = 0o777 if disk.kind is Kind.SYMLINK else disk.mode
-                entry = Entry(disk.kind, mode, disk.stat.mtime_ns, disk.stat.size, digest, sha256, disk.target)
-                yield LocalRow(path, entry, disk.stat)
-
-        index.put_local(list(rows()))
-    extraneous = 0
-    deviations: list[Deviation] = []
-    for path, local, remote in index.diff():
-        if remote is None:
-            extraneous += 0 if index.has_remote_below(path) else 1
-        elif local is None:
-            deviations.append(Deviation(path, "missing"))
-        else:
-            deviations.append(Deviation(path, _what(local.entry, remote.entry)))
-    return Verdict(index.count_remote(), extraneous, deviations)
-
-
-def _what(have: Entry, want: Entry) -> str:
-    if have.kind is not want.kind:
-        return "kind"
-    if not have.same_content(want):
-        return "content"
-    return "mode" if have.mode != want.mode else "mtime"
+async def seal(settings: Settings, folder: str) -> None:
+    """Make a bucket read-only for ever."""
+    async with open_store(settings) as (store, _):
+        await store.bucket(folder).seal()
 
 
 # -- check ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ path through its parents, too, and so cannot say of a *directory* what git says 
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -164,6 +165,7 @@ def _verdict(patterns: tuple[_Pattern, ...], path: str, *, is_dir: bool) -> bool
 class Rules:
     """The paths of a folder that take part. Immutable, and cheap to ask: directories' answers are remembered.
 
+    :ivar fingerprint: the configured patterns as text, "" for none; without those of ``.syncdignore`` files.
     :raises ConfigError: naming every pattern that does not parse.
     """
 
@@ -175,6 +177,7 @@ class Rules:
             raise ConfigError(problems[0], problems=problems, hint="patterns are written as in .gitignore")
         self._lists: tuple[tuple[str, tuple[_Pattern, ...]], ...] = (("", excluded),) if excluded else ()
         self._dirs: dict[str, tuple[bool, bool]] = {"": (False, not self._include)}
+        self.fingerprint = json.dumps([list(include), list(exclude)]) if include or exclude else ""
 
     def with_ignore_file(self, directory: str, text: str, *, skipped: list[str] | None = None) -> Rules:
         """Return rules that also obey a ``.syncdignore`` in ``directory`` ("" is the root).

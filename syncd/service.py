@@ -30,6 +30,10 @@ class FolderThread:
         """Run blocking work. A cancelled wait leaves the work running; :meth:`close` waits for it."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
+    def call(self, function: Callable[[], T]) -> T:
+        """Run blocking work from another thread (not the event loop's) and wait for it there."""
+        return self._executor.submit(function).result()
+
     async def close(self, last: Callable[[], None]) -> None:
         """Run the last piece of work and end the thread, also when this task is being cancelled."""
         self._executor.submit(last)

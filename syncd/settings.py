@@ -63,8 +63,6 @@ _MAX_SHOWN = 60
 _LATER_KEYS: Mapping[tuple[str, str], str] = {
     ("daemon", "http"): "the metrics and health endpoint",
     ("publish", "sign_seed_file"): "signing",
-    ("publish", "keep_generations"): "keeping generations",
-    ("publish", "keep_days"): "keeping generations",
     ("subscribe", "channel"): "following a channel",
     ("subscribe", "trusted_keys"): "checking signatures",
     ("subscribe", "modes"): "setting modes",
@@ -73,7 +71,6 @@ _LATER_KEYS: Mapping[tuple[str, str], str] = {
     ("subscribe", "hooks"): "running hooks",
 }
 _LATER_VALUES: Mapping[tuple[str, str, str], str] = {
-    ("publish", "layout", "generations"): "the generations layout",
     ("subscribe", "mode", "release"): "release mode",
     ("subscribe", "extraneous", "delete"): "deleting files that syncd never wrote",
 }
@@ -443,15 +440,19 @@ class PublishSettings(_Model):
     """One ``[[publish]]``: a source directory and the folder it becomes.
 
     :ivar grace_seconds: how long replaced and deleted content stays readable on the server.
+    :ivar keep_generations, keep_days: what is kept at most, 0: no limit (generations layout).
     """
 
     folder: _Folder
     path: _Path
-    layout: Literal["objects"] = "objects"
+    layout: Literal["generations", "objects"] = "generations"
+    compression: Literal["auto", "off"] = "auto"
     include: _Patterns = ()
     exclude: _Patterns = (".git/", "*.swp")
     settle_ms: _SettleMs = 50
     rescan_seconds: _RescanSeconds = 60.0
+    keep_generations: Annotated[_Int, Field(ge=0, le=1_000_000)] = 50
+    keep_days: Annotated[_Float, Field(ge=0, le=36_500)] = 30.0
     symlinks: Literal["inside", "all", "skip"] = "inside"
     max_delete_percent: Annotated[_Float, Field(ge=0, le=100)] = 50.0
     grace_seconds: Annotated[_Float, Field(ge=1, le=30 * 86_400)] = 600.0

@@ -51,6 +51,9 @@ class FolderStatus:
     :ivar pending: paths known to differ and not yet done.
     :ivar problems: the first :data:`KEPT_PROBLEMS` of ``problem_count``.
     :ivar bytes: sum of the content sizes of the folder's files.
+    :ivar generation: number of the generation that the folder has, 0 where there is none (objects layout).
+    :ivar root: that generation's tree digest.
+    :ivar exact: nothing of it is left out by the mirror's rules, held back as drift, or in trouble.
     """
 
     role: Role
@@ -62,6 +65,9 @@ class FolderStatus:
     pending: int = 0
     entries: int = 0
     bytes: int = 0
+    generation: int = 0
+    root: str = ""
+    exact: bool = False
     watching: str = ""
     error: str = ""
     hint: str = ""

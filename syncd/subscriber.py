@@ -3,7 +3,10 @@
 Rules kept here (docs/architecture.md):
  * Truth comes from catch-up; hints only say "look now". An absence of any length is made up by sequence, and by a
    full listing where history is gone or the local state is lost.
- * Nothing in the mirror changes until all content of the batch is staged, verified and durable.
+ * What a bucket announces, and how content is had, is its layout's business (``objects.py``, ``checkout.py``); the
+   bucket says which layout it has, and may change it.
+ * Nothing in the mirror changes until all content of the batch (objects) or of the generation is staged, verified and
+   durable. A generation whose application was cut off is finished before anything else.
  * The index says what syncd keeps in the mirror. What it does not name, syncd did not write and does not remove.
  * A failure belongs to its path: it is reported, tried again at the next full round, and the rest goes on.
  * A crash anywhere leaves staged litter (swept), a durable journal (rolled forward) or an applied batch that is not
@@ -19,29 +22,34 @@ from typing import TYPE_CHECKING
 import structlog
 
 from syncd.agenda import Agenda
-from syncd.announced import Announced
+from syncd.checkout import Checkout
 from syncd.concurrency import run_together
 from syncd.crashpoints import crash_point
 from syncd.drift import DriftCheck
-from syncd.errors import SafetyHalt
-from syncd.fetch import Fetcher, PullResult
+from syncd.errors import DiskProblem, ObjectCorrupt, ObjectGone, SafetyHalt, UsageError
 from syncd.index import Index, LocalRow, RemoteRow
 from syncd.mirror import Mirror
 from syncd.model import Kind, Problem
+from syncd.objects import Objects
 from syncd.plan import Difference, DirMeta, mirror_halt, parents_of, plan_mirror
 from syncd.progress import Meter, Progress
 from syncd.service import FolderThread, keep_rounds
 from syncd.status import Allowance, StatusKeeper
+from syncd.store.base import HEAD
+from syncd.trees import layout_of
+from syncd.upstream import Overtaken, PullResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from syncd.checkout import Applied
     from syncd.drift import DriftPolicy
-    from syncd.fetch import Fetch, Row
     from syncd.mirror import Outcome, Placed
     from syncd.rules import Rules
-    from syncd.store.base import Bucket, Hints, Store
+    from syncd.store.base import Bucket, BucketState, Hints, Store
+    from syncd.trees import Layout
+    from syncd.upstream import Fetch, Row, Upstream
 
 log = structlog.get_logger()
 
@@ -51,8 +59,9 @@ MAX_PASSES = 3
 FIRST_RETRY_SECONDS = 30.0
 MAX_RETRY_SECONDS = 3600.0
 MAX_FAILURES = 10_000
-REFUSED = {"bad_metadata", "bad_object"}
-"""Problems of an object that is there and cannot be had: the version before stays in the mirror."""
+GATHER_PATHS = 4000
+"""Differences looked at together while a generation is gathered."""
+LAYOUT = "layout"
 LIST_SECONDS = 3600.0
 """How often a full round lists the whole bucket: tombstones do not live for ever, and others may purge."""
 
@@ -65,6 +74,7 @@ class SubscribeOptions:
     :ivar owner: user and group id that everything in the mirror gets, -1: as it is; ``None``: whoever runs syncd.
     :ivar settle_seconds: quiet time after a hint, so that what was written together is applied together.
     :ivar rescan_seconds: how often the mirror's files and the bucket are compared without any hint.
+    :ivar channel: which channel to follow (generations layout).
     """
 
     folder: str
@@ -74,6 +84,7 @@ class SubscribeOptions:
     owner: tuple[int, int] | None = None
     settle_seconds: float = 0.01
     rescan_seconds: float = 60.0
+    channel: str = HEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +140,11 @@ class Subscriber:
         self._thread = FolderThread(f"mirror-{options.folder}")
         self._index: Index
         self._mirror: Mirror
-        self._announced: Announced
+        self._objects: Objects
+        self._checkout: Checkout
+        self._layout: Layout | None = None
+        self._layout_of = ""
         self._drift: DriftCheck
-        self._fetcher: Fetcher
         self._log = log.bind(folder=options.folder, role="subscribe")
         self._failures: dict[str, _Failure] = {}
         self._hinted = 0
@@ -166,15 +179,23 @@ class Subscriber:
             await self._close()
 
     async def pull(
-        self, *, allow_delete: bool = False, progress: Callable[[Progress], None] | None = None
+        self,
+        *,
+        allow_delete: bool = False,
+        generation: int = 0,
+        progress: Callable[[Progress], None] | None = None,
     ) -> PullResult:
         """Bring the mirror up to the bucket once.
 
+        :param generation: go to this generation; 0: to the channel's.
         :raises BucketNotFound: there is no such bucket.
         :raises SafetyHalt: the plan would empty the mirror and ``allow_delete`` is not given.
+        :raises ObjectCorrupt, ObjectGone: the generation cannot be had; the mirror is as it was.
+        :raises UsageError: the bucket has no generations.
         """
         try:
             await self._open()
+            self._checkout.explicit = generation
             result = await self._round(full=True, allow_delete=allow_delete, progress=progress)
             result.problems = self._problems()
             return result
@@ -186,10 +207,11 @@ class Subscriber:
             options = self._options
             self._index = Index(self._index_file)
             self._mirror = Mirror.open(options.path, owner=options.owner)
-            self._announced = Announced(self._store, self._bucket, self._index, options.rules, self._thread)
+            half = (self._index, self._mirror, options.rules, self._thread)
+            self._objects = Objects(self._store, self._bucket, *half)
+            self._checkout = Checkout(self._bucket, options.channel, *half)
             self._drift = DriftCheck(self._mirror, self._index, options.drift, options.folder)
-            self._fetcher = Fetcher(self._store, self._index, self._mirror, self._thread)
-            placed = self._mirror.recover()
+            placed = self._mirror.recover(self._checkout.keeps())
             self._drift.settle()
             return placed
 
@@ -212,7 +234,8 @@ class Subscriber:
         await self._thread.close(closed)
 
     def _problems(self) -> list[Problem]:
-        return sorted(self._announced.problems.all() + self._drift.problems.all(), key=lambda problem: problem.path)
+        upstream = self._upstream.problems.all() if self._layout is not None else []
+        return sorted(upstream + self._drift.problems.all(), key=lambda problem: problem.path)
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
@@ -247,24 +270,67 @@ class Subscriber:
         :raises SafetyHalt: removals are held; nothing of the plan is done.
         """
         started = time.monotonic()
-        hinted, self._hinted = self._hinted, 0
-        listing = full and (started >= self._list_at or self._announced.listing_wanted)
-        touched = await self._announced.catch_up(full=listing, hinted=hinted)
-        for path in touched or ():
-            self._failures.pop(path, None)
-        if full:
-            await self._thread.run(self._drift.check)
-            touched = None
-        if listing:
-            self._list_at = started + LIST_SECONDS
         result = PullResult()
-        await self._bring_up(touched, result, allow_delete=allow_delete, progress=progress)
+        await self._finish_interrupted(result)
+        touched: set[str] | None = set()
+        checked = False
+        while True:
+            hinted, self._hinted = self._hinted, 0
+            state = await self._bucket.state()
+            await self._choose_layout(state, full=full)
+            listing = full and not checked and (started >= self._list_at or self._upstream.listing_wanted)
+            try:
+                found = await self._upstream.catch_up(state, full=listing, hinted=hinted)
+                touched = None if found is None or touched is None else {*touched, *found}
+                for path in touched or ():
+                    self._failures.pop(path, None)
+                if full and not checked:
+                    await self._thread.run(self._drift.check)
+                    checked = True
+                await self._bring_up(None if full else touched, result, allow_delete=allow_delete, progress=progress)
+                break
+            except Overtaken:
+                self._log.info("generation_overtaken")
+            except (ObjectCorrupt, ObjectGone):
+                self._status.set_problems(self._problems())
+                if not await self._is_overtaken():
+                    raise
         if full:
+            self._list_at = started + LIST_SECONDS if listing else self._list_at
             self._full_seconds = time.monotonic() - started
         if full or result.placed or result.removed:
             entries, size = await self._thread.run(lambda: (self._index.count_local(), self._index.local_bytes()))
             self._status.set(entries=entries, bytes=size)
         return result
+
+    async def _choose_layout(self, state: BucketState, *, full: bool) -> None:
+        """Take up the layout that the bucket has now.
+
+        :raises FormatTooNew: a newer version wrote it.
+        :raises UsageError: a generation is asked for where there are none.
+        """
+        if self._layout is None or full or "syncd.layout" in state.metadata or state.created != self._layout_of:
+            layout = await layout_of(self._bucket, state)
+            remembered = await self._thread.run(lambda: self._index.note(LAYOUT))
+            before = self._layout or remembered
+            if before and before != layout:
+                self._log.warning("layout_changed", before=before, now=layout)
+                if layout == "objects":
+                    await self._thread.run(self._objects.begin)
+                await self._thread.run(self._checkout.begin)
+                self._list_at = 0.0
+            if before != layout:
+                await self._thread.run(lambda: self._index.set_note(LAYOUT, layout))
+            self._layout, self._layout_of = layout, state.created
+        if self._layout == "objects" and self._checkout.explicit:
+            raise UsageError(f"folder {self._options.folder!r} has the objects layout, which knows no generations")
+
+    @property
+    def _upstream(self) -> Upstream:
+        return self._checkout if self._layout == "generations" else self._objects
+
+    async def _is_overtaken(self) -> bool:
+        return self._layout == "generations" and await self._checkout.overtaken(self._hinted)
 
     # -- plan, stage, apply ----------------------------------------------------------------------------------------
 
@@ -288,19 +354,62 @@ class Subscriber:
             )
         meter = Meter(progress, count.changes, count.size)
         self._status.set(pending=count.changes + count.removes)
+
+        async def pages(after: str) -> tuple[list[Row], str | None]:
+            return await self._thread.run(lambda: self._differences(touched, after, GATHER_PATHS))
+
+        if count.changes:
+            await self._upstream.gather(pages, result, meter, self._is_overtaken)
+        await self._apply(touched, result, meter)
+        self._upstream.forget_removals()
+        if self._layout == "generations":
+            await self._end_generation(result)
+
+    async def _apply(self, touched: Collection[str] | None, result: PullResult, meter: Meter) -> None:
+        begun = False
         for _ in range(MAX_PASSES):
             after: str | None = ""
             batches = 0
             while after is not None:
                 begin = after
-                rows, after = await self._thread.run(lambda begin=begin: self._differences(touched, begin))  # type: ignore[misc]
-                if rows:
-                    await self._apply_batch(rows, result, meter)
-                    batches += 1
+                rows, after = await self._thread.run(lambda begin=begin: self._differences(touched, begin, BATCH_PATHS))  # type: ignore[misc]
+                if not rows:
+                    continue
+                if self._layout == "generations" and not begun:
+                    await self._thread.run(self._checkout.begin_apply)
+                    begun = True
+                await self._apply_batch(rows, result, meter)
+                batches += 1
             if batches <= 1:
                 break
             # A directory whose children were removed by a later batch than its own is removed by the next pass.
-        self._announced.forget_removals()
+
+    async def _finish_interrupted(self, result: PullResult) -> None:
+        """Roll forward a generation whose application was cut off: what it needs is staged, no network is asked."""
+        if not await self._thread.run(lambda: self._checkout.interrupted):
+            return
+        self._layout = "generations"
+        self._log.info("generation_rolled_forward")
+        await self._apply(None, result, Meter(None))
+        await self._end_generation(result)
+
+    async def _end_generation(self, result: PullResult) -> None:
+        """Remember the generation that the mirror has now.
+
+        :raises DiskProblem: some of it is missing here; the next round stages it again.
+        """
+
+        def ended() -> tuple[bool, Applied]:
+            complete = not self._checkout.missing()
+            exact = not self._drift.held and not self._drift.problems.all()
+            return complete, self._checkout.end_apply(complete=complete, exact=exact)
+
+        complete, applied = await self._thread.run(ended)
+        result.generation, result.root = applied.number, applied.root
+        self._status.set(generation=applied.number, root=applied.root, exact=applied.exact)
+        if not complete:
+            raise DiskProblem("staged content vanished before it was put in place", hint="it is staged again")
+        await self._checkout.learn()
 
     def _count(self, touched: Collection[str] | None) -> _Count:
         count = _Count()
@@ -314,19 +423,20 @@ class Subscriber:
                     count.size += remote.entry.size
             elif local is not None and local.entry.kind is not Kind.DIR:
                 count.removes += 1
-                count.allowed += path in self._announced.allowed_removals
-                count.unexplained += path not in self._announced.explained_removals
+                count.allowed += self._upstream.allows(path)
+                count.unexplained += not self._upstream.explains(path)
         if count.removes:
             count.mirrored = self._index.count_local(dirs=False)
         return count
 
-    def _differences(self, touched: Collection[str] | None, after: str) -> tuple[list[Row], str | None]:
+    def _differences(self, touched: Collection[str] | None, after: str, limit: int) -> tuple[list[Row], str | None]:
+        """Return a page of what is to be done, and the path to go on after, ``None`` at the end."""
         rows = []
         for row in self._index.diff(touched, after=after):
             if self._left_alone(*row):
                 continue
             rows.append(row)
-            if len(rows) >= BATCH_PATHS:
+            if len(rows) >= limit:
                 return rows, row[0]
         return rows, None
 
@@ -335,9 +445,9 @@ class Subscriber:
         if path in self._drift.held:
             return True
         if remote is None:
-            if self._announced.problems.code(path) in REFUSED:
+            if self._upstream.refuses(path):
                 return True  # what is here stays
-            if self._announced.in_doubt and path not in self._announced.explained_removals:
+            if self._upstream.in_doubt and not self._upstream.explains(path):
                 return True
             # No object describes the directory, or none any more, but there are objects below it.
             return local is not None and local.entry.kind is Kind.DIR and self._index.has_remote_below(path)
@@ -349,11 +459,10 @@ class Subscriber:
 
     async def _apply_batch(self, rows: list[Row], result: PullResult, meter: Meter) -> None:
         """Stage, verify and apply one batch."""
-        fetches = await self._thread.run(lambda: self._fetcher.find_local(rows, result))
-        missing = [fetch for fetch in fetches.values() if not fetch.staged and not fetch.in_place]
-        await self._fetcher.download(missing, result, meter)
+        fetches = await self._upstream.fetch(rows, result, meter)
         crash_point("batch_staged")
         outcome = await self._thread.run(lambda: self._commit(rows, fetches))
+        crash_point("between_pages")
         seqs = {path: remote.seq for path, _, remote in rows if remote is not None}
         for problem in outcome.problems:
             self._drift.problems.note(problem)
@@ -390,7 +499,7 @@ class Subscriber:
             crash_point("batch_applied")
             self._remember(outcome.placed)
         finally:
-            self._mirror.discard_staged()
+            self._upstream.batch_ended()
         return outcome
 
     def _to_differences(self, rows: Iterable[Row], fetches: dict[str, Fetch]) -> Iterator[Difference]:
@@ -407,6 +516,8 @@ class Subscriber:
                     self._drift.problems.note(problem)
                     self._note_failure(problem, {path: remote.seq})
                     continue
+                if not fetch.staged and fetch.in_place is None:
+                    continue  # lost since it was gathered: the next round stages it again
                 want, staged = fetch.row.entry, fetch.staged
                 if fetch.in_place is not None:
                     have, stat = fetch.in_place.entry, fetch.in_place.stat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from syncd.holdings import PublishOptions
+from syncd.outlet import PublishOptions
 from syncd.rules import Rules
 from syncd.settings import parse_owner
 from syncd.store.base import BucketSpec
@@ -58,7 +58,12 @@ def publish_options(settings: Settings, item: PublishSettings) -> PublishOptions
             placement_tags=bucket.placement.tags,
             compression=bucket.compression,
             metadata=dict(bucket.metadata),
+            layout=item.layout,
         ),
+        layout=item.layout,
+        compress=item.compression == "auto",
+        keep_generations=item.keep_generations,
+        keep_days=item.keep_days,
         symlinks=item.symlinks,
         settle_seconds=item.settle_ms / 1000,
         rescan_seconds=item.rescan_seconds,

@@ -26,14 +26,15 @@ import structlog
 from syncd.crashpoints import crash_point
 from syncd.errors import DiskProblem, FileChanged, Locked
 from syncd.mirror.apply import DRIFT_POLICIES, Apply, Outcome, Placed
+from syncd.mirror.assembly import Assembly
 from syncd.mirror.journal import JournalFile
 from syncd.mirror.root import Dirs, Disk, PathRefused, View, disk_problem, lstat_at, open_regular, open_root, split
-from syncd.mirror.staging import STAGED_NAME, Stage, Staged, stage_many
+from syncd.mirror.staging import PART_NAME, STAGED_NAME, Stage, Staged, stage_many
 from syncd.model import Kind, Problem, Stat
 from syncd.paths import PRIVATE_DIR, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -64,6 +65,17 @@ def sync_filesystem(fd: int) -> None:
     if syncfs(fd) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+class _Either:
+    """What is in either of two."""
+
+    def __init__(self, one: Container[str], other: Container[str]) -> None:
+        self._one = one
+        self._other = other
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._one or name in self._other
 
 
 class Mirror:
@@ -140,9 +152,13 @@ class Mirror:
         """See :meth:`View.look`."""
         return self._view.look(path)
 
-    def read_digests(self, path: str) -> tuple[str, str, Stat]:
+    def look_all(self, paths: Iterable[str]) -> Iterator[tuple[str, Disk | None]]:
+        """See :meth:`View.look_all`."""
+        return self._view.look_all(paths)
+
+    def read_digests(self, path: str, *, sha256: bool = True) -> tuple[str, str, Stat]:
         """See :meth:`View.read_digests`."""
-        return self._view.read_digests(path)
+        return self._view.read_digests(path, sha256=sha256)
 
     def walk(self, on_problem: Callable[[Problem], None] | None = None) -> Iterator[tuple[str, Disk]]:
         """See :meth:`View.walk`."""
@@ -167,14 +183,7 @@ class Mirror:
         :raises FileChanged: no regular file is there, or it does not hold that content.
         :raises DiskProblem: the disk refused.
         """
-        above, name = split(path)
-        try:
-            with Dirs(self._root_fd, one_filesystem=False) as dirs:
-                source = open_regular(dirs.open(above), name)
-        except (FileNotFoundError, PathRefused):
-            raise FileChanged(f"{printable(path)} is not a regular file (any more)") from None
-        except OSError as exc:
-            raise disk_problem(exc, f"cannot open {printable(path)}") from exc
+        source = self.open_source(path)
         try:
             return self._stage.add_copy(source, entry, path)
         finally:
@@ -190,14 +199,92 @@ class Mirror:
             raise ValueError(f"a {entry.kind} has no link text")
         return self._stage.add_symlink(entry)
 
-    def discard_staged(self) -> None:
-        """Remove all staged content but that of a committed batch that is not complete.
+    def stage_copy_staged(self, name: str, entry: Entry) -> str:
+        """Stage a copy of content that is staged already.
+
+        :raises FileChanged: it is not there (any more).
+        :raises DiskProblem: the disk refused.
+        """
+        try:
+            source = self._stage.open_staged(name)
+        except FileNotFoundError:
+            raise FileChanged("the staged content is gone") from None
+        except OSError as exc:
+            raise disk_problem(exc, "cannot open staged content") from exc
+        try:
+            return self._stage.add_copy(source, entry, name)
+        finally:
+            os.close(source)
+
+    def assemble(self, entry: Entry) -> Assembly:
+        """Begin, or go on with, a large staged file that is put together from chunks.
 
         :raises DiskProblem: the disk refused.
         """
+        return Assembly(self._stage, entry)
+
+    @property
+    def run(self) -> str:
+        """What the names of this run's staged content begin with."""
+        return self._stage.run
+
+    def refit_staged(self, name: str, entry: Entry, *, reread: bool) -> bool:
+        """See :meth:`Stage.refit`."""
+        return self._stage.refit(name, entry, reread=reread)
+
+    def open_source(self, path: str) -> int:
+        """Open a file of the mirror to read parts of it.
+
+        :raises FileChanged: no regular file is there.
+        :raises DiskProblem: the disk refused.
+        """
+        above, name = split(path)
+        try:
+            with Dirs(self._root_fd, one_filesystem=False) as dirs:
+                return open_regular(dirs.open(above), name)
+        except (FileNotFoundError, PathRefused):
+            raise FileChanged(f"{printable(path)} is not a regular file (any more)") from None
+        except OSError as exc:
+            raise disk_problem(exc, f"cannot open {printable(path)}") from exc
+
+    def open_part(self, digest: str) -> int:
+        """Open a large staged file in the making to read parts of it.
+
+        :raises FileChanged: there is none.
+        """
+        try:
+            return self._stage.open_staged(f"part-{digest}")
+        except OSError:
+            raise FileChanged("no such file in the making") from None
+
+    def part_bytes(self) -> int:
+        """Return the bytes that large files in the making have on disk already."""
+        size = 0
+        with self._words("cannot look at staged content"), os.scandir(self._stage.fd) as found:
+            for item in found:
+                if PART_NAME.fullmatch(item.name) is not None:
+                    with suppress(FileNotFoundError):
+                        size += item.stat(follow_symlinks=False).st_blocks * 512
+        return size
+
+    def free_bytes(self) -> int:
+        """Return the room for new content.
+
+        :raises DiskProblem: the disk does not tell.
+        """
+        with self._words("cannot ask for free space"):
+            found = os.fstatvfs(self._root_fd)
+        return found.f_bavail * found.f_frsize
+
+    def discard_staged(self, keep: Container[str] = ()) -> None:
+        """Remove all staged content but that of a committed batch that is not complete.
+
+        :param keep: names that stay, too.
+        :raises DiskProblem: the disk refused.
+        """
         journal = self._journal.read()
-        keep = {step.staged for step in journal.plan.place} if journal is not None else set()
-        self._stage.sweep(keep, own=True)
+        names = {step.staged for step in journal.plan.place} if journal is not None else set()
+        self._stage.sweep(_Either(names, keep), own=True)
 
     # committing ----------------------------------------------------------------------------------------------------
 
@@ -236,11 +323,12 @@ class Mirror:
             self._stage.sweep((), own=True)
             raise disk_problem(exc, "cannot make staged content durable") from exc
 
-    def recover(self) -> list[Placed]:
+    def recover(self, keep: Container[str] = ()) -> list[Placed]:
         """Complete the batch of a journal, then remove what crashes left behind.
 
         To be called once after :meth:`open`, before anything is staged, and whenever commit() raised.
 
+        :param keep: names of staged content that stay.
         :returns: what is in place because of the journal, for the index to remember; a path that somebody changed
             since is not among it and shows in the next comparison with the index.
         :raises DiskProblem: the disk refused; call it again later.
@@ -248,7 +336,7 @@ class Mirror:
         self._check_root()
         outcome = self._complete_journal()
         self._journal.sweep()
-        swept = self._stage.sweep((), own=False)
+        swept = self._stage.sweep(keep, own=False)
         if swept:
             log.info("staging_swept", names=swept)
         return outcome.placed

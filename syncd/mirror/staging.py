@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 STAGED_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{1,12}")
+PART_NAME = re.compile(r"part-([0-9a-f]{64})")
+"""A large content that is being assembled; named for its digest, so that an interrupted run is gone on with."""
 
+_REOPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
@@ -48,7 +51,7 @@ def _write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _finish_meta(fd: int, entry: Entry, owner: tuple[int, int] | None) -> None:
+def finish_meta(fd: int, entry: Entry, owner: tuple[int, int] | None) -> None:
     """Set owner, mode and mtime of a staged file: it is never visible with other ones."""
     change_owner(fd, os.fstat(fd), owner)
     mode = entry.mode & MODE_BITS
@@ -70,12 +73,12 @@ class Stage:
     def __init__(self, fd: int, owner: tuple[int, int] | None = None) -> None:
         self.fd = fd
         self.owner = owner
-        self._run = secrets.token_hex(4)
+        self.run = secrets.token_hex(4)
         self._numbers = itertools.count()
 
     def new_name(self) -> str:
         """Return a name that was never used; safe from any thread."""
-        return f"{self._run}-{next(self._numbers):x}"
+        return f"{self.run}-{next(self._numbers):x}"
 
     def create(self) -> tuple[str, int]:
         """Create an empty private file; return its name and a read-write descriptor."""
@@ -87,7 +90,7 @@ class Stage:
 
         :raises OSError: the disk refused.
         """
-        if STAGED_NAME.fullmatch(name) is None:
+        if STAGED_NAME.fullmatch(name) is None and PART_NAME.fullmatch(name) is None:
             raise BadName(f"{printable(name)!r} is not a staged name")
         try:
             os.unlink(name, dir_fd=self.fd)
@@ -109,7 +112,7 @@ class Stage:
             _write_all(fd, data)
             # one byte more than expected: a file longer than what was written is as wrong as a shorter one
             if os.pread(fd, len(data) + 1, 0) != data:
-                raise _misread()
+                raise misread()
 
         return self._add(fill, entry, "cannot stage content")
 
@@ -130,6 +133,49 @@ class Stage:
 
         return self._add(fill, entry, f"cannot copy {printable(what)}")
 
+    def refit(self, name: str, entry: Entry, *, reread: bool) -> bool:
+        """Make staged content of an earlier round fit an entry of the same content: owner, mode, mtime.
+
+        :param reread: another run staged it: its content is read and compared, too.
+        :returns: ``False``: it is not there, or is not that content; then it is removed.
+        :raises DiskProblem: the disk refused.
+        """
+        if STAGED_NAME.fullmatch(name) is None:
+            return False
+        try:
+            fd = os.open(name, _REOPEN, dir_fd=self.fd)
+        except (FileNotFoundError, PermissionError):
+            fd = -1
+        except OSError as exc:
+            raise disk_problem(exc, "cannot open staged content") from exc
+        try:
+            if fd >= 0 and self._fits(fd, entry, reread=reread):
+                return True
+            self.remove(name)
+        except OSError as exc:
+            raise disk_problem(exc, "cannot read staged content") from exc
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        return False
+
+    def _fits(self, fd: int, entry: Entry, *, reread: bool) -> bool:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_size != entry.size:
+            return False
+        if reread and hash_fd(fd)[0] != entry.digest:
+            return False
+        if reread or stat.S_IMODE(found.st_mode) != entry.mode & MODE_BITS or found.st_mtime_ns != entry.mtime_ns:
+            finish_meta(fd, entry, self.owner)
+        return True
+
+    def open_staged(self, name: str) -> int:
+        """Open staged content for reading.
+
+        :raises FileNotFoundError: it is gone. :raises OSError: the disk refused.
+        """
+        return os.open(name, _REOPEN, dir_fd=self.fd)
+
     def _add(self, fill: Callable[[int], None], entry: Entry, failure: str) -> str:
         """Make a staged file in one go; whatever goes wrong, nothing of it stays."""
         try:
@@ -137,7 +183,7 @@ class Stage:
             try:
                 crash_point("stage_write")
                 fill(fd)
-                _finish_meta(fd, entry, self.owner)
+                finish_meta(fd, entry, self.owner)
             except BaseException:
                 self.give_up(name)
                 raise
@@ -184,7 +230,7 @@ class Stage:
         swept = 0
         try:
             for name in os.listdir(self.fd):  # noqa: PTH208 - a descriptor, not a path
-                if name in keep or (not own and name.startswith(self._run)):
+                if name in keep or (not own and name.startswith(self.run)):
                     continue
                 try:
                     os.unlink(name, dir_fd=self.fd)
@@ -205,7 +251,8 @@ class Stage:
             log.warning("staged_file_left", name=name, error=str(exc))  # swept at the next start
 
 
-def _misread() -> DiskProblem:
+def misread() -> DiskProblem:
+    """Return what to raise where a disk gives back something else than was written."""
     return DiskProblem("a staged file does not read back as it was written", hint="check the disk")
 
 
@@ -277,7 +324,7 @@ class Staged:
         """
         try:
             self._verify()
-            _finish_meta(self._fd, self._entry, self._stage.owner)
+            finish_meta(self._fd, self._entry, self._stage.owner)
         except OSError as exc:
             self.discard()
             raise disk_problem(exc, "cannot finish staged content") from exc
@@ -296,7 +343,7 @@ class Staged:
         written = self._hash.hexdigest()
         digest, _, size = hash_fd(self._fd)
         if (digest, size) != (written, self._size):
-            raise _misread()
+            raise misread()
         if entry.digest and digest != entry.digest:
             raise ObjectCorrupt("content does not match its BLAKE3 digest")
 

@@ -24,6 +24,7 @@ from syncd.errors import (
     Unavailable,
     WriteConflict,
 )
+from syncd.nodes import FORMAT
 from syncd.retry import backoff
 from syncd.store import wire
 from syncd.store.base import BucketSpec, BucketState
@@ -39,13 +40,14 @@ LARGE_ANSWER: Final = 256 * 1024
 DUPLICATE_SECONDS: Final = 120
 
 _FULL: Final = frozenset({10077, 10047, 10023, 10122})
-_CONFLICT: Final = frozenset({10071, 10070, 10164})
+_CONFLICT: Final = frozenset({10071, 10070})
 _SEALED: Final = frozenset({10109})
 _NOT_FOUND: Final = frozenset({10059})
-_BUSY: Final = frozenset({10158})  # a message of this id is being stored at this moment (clusters)
+_BUSY: Final = frozenset({10158, 10164})  # a message of this id, or subject, is being stored this moment (clusters)
 _NO_JETSTREAM: Final = frozenset({10039, 10076})
 TTL_DISABLED: Final = 10166
 ATOMIC_DISABLED: Final = 10174
+ATOMIC_INCOMPLETE: Final = 10176
 NAME_IN_USE: Final = 10058
 
 
@@ -204,7 +206,7 @@ def new_stream(name: str, spec: BucketSpec) -> dict[str, Any]:
         "allow_atomic": True,
         "allow_msg_ttl": True,
         "republish": republish_of(name),
-        "metadata": {**spec.metadata, "syncd.layout": "objects", "syncd.format": "1"},
+        "metadata": {**spec.metadata, **layout_metadata(spec.layout)},
     }
     if spec.ttl_seconds is not None:
         config["duplicate_window"] = min(config["duplicate_window"], config["max_age"])
@@ -215,6 +217,11 @@ def new_stream(name: str, spec: BucketSpec) -> dict[str, Any]:
     if spec.placement_cluster or spec.placement_tags:
         config["placement"] = {"cluster": spec.placement_cluster, "tags": list(spec.placement_tags)}
     return config
+
+
+def layout_metadata(layout: str) -> dict[str, str]:
+    """Return what marks a bucket's layout in its stream's metadata."""
+    return {"syncd.layout": layout, "syncd.format": str(FORMAT)}
 
 
 def republish_of(name: str) -> dict[str, str]:

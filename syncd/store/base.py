@@ -18,8 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from syncd.errors import SyncdError
+
 CHUNK_SIZE = 128 * 1024
 """Bytes per chunk message: ADR-20's default; larger ones gained nothing (docs/performance.md)."""
+
+GENERATIONS = "generations/"
+"""Prefix of the names of generation objects; ten digits follow."""
+CHANNELS = "channels/"
+"""Prefix of the names of channel links."""
+HEAD = "head"
+"""The channel that moves with every commit."""
 
 NUID_PREFIX = "syncd-"
 """Every nuid that syncd makes starts so: the sweeper knows its own orphans and never touches other clients'."""
@@ -65,6 +74,7 @@ class BucketSpec:
     placement_tags: tuple[str, ...] = ()
     compression: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
+    layout: str = "objects"  # objects | generations: what a new bucket is marked with
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +229,42 @@ class Sink(Protocol):
         ...
 
 
+class BlobSink(Protocol):
+    """A pipeline of blobs on their way into a bucket (generations layout). Used by one task at a time."""
+
+    @property
+    def stored(self) -> int:
+        """Blobs that the server took so far."""
+        ...
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of these as sent, codec byte included."""
+        ...
+
+    @property
+    def duplicates(self) -> int:
+        """Blobs that the bucket had already."""
+        ...
+
+    async def put(self, digest: str, payload: bytes, *, replace: bool = False) -> None:
+        """Send one blob; returns as soon as there is room for the next one.
+
+        :param digest: BLAKE3 hex of the blob's bytes before compression.
+        :param payload: codec byte and bytes (:mod:`syncd.store.codec`).
+        :param replace: write over what is stored under this digest (it was removed a moment ago, or is damaged).
+        :raises SyncdError: this one, or an earlier one, could not be stored; the sink is of no more use.
+        """
+        ...
+
+    async def flush(self) -> None:
+        """Wait until everything is acknowledged.
+
+        :raises SyncdError: something could not be stored.
+        """
+        ...
+
+
 class Hints(Protocol):
     """Wake-up calls: "something may have changed". They may be lost, doubled or forged without harm."""
 
@@ -350,6 +396,49 @@ class Bucket(Protocol):
 
     async def seal(self) -> None:
         """Make the bucket read-only for ever."""
+        ...
+
+    # -- the generations layout (docs/format.md) ---------------------------------------------------------------------
+
+    def blob_sink(self) -> AbstractAsyncContextManager[BlobSink]:
+        """Open a pipeline for blobs; leaving it forgets what is not acknowledged. See :class:`BlobSink`."""
+        ...
+
+    def get_blobs(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes | SyncdError]]:
+        """Fetch blobs: decoded, each checked against its digest, each digest exactly once, in any order.
+
+        ObjectGone and ObjectCorrupt are yielded in place of a blob's bytes; a replica that is behind is asked again
+        for a short time before a blob counts as gone. Memory is bounded by some pages, whatever the number.
+
+        :param digests: without doubles.
+        :raises SyncdError: the store itself fails; what was not yielded by then is undecided.
+        """
+        ...
+
+    async def remove_blobs(self, digests: Sequence[str]) -> None:
+        """Free blobs that nothing reaches, in a pipeline: as :meth:`remove_chunks` does it."""
+        ...
+
+    async def commit_generation(
+        self, number: int, record: bytes, metadata: Mapping[str, str], *, channel: str, expected_seq: int
+    ) -> int:
+        """Store a generation object and point a channel at it, all in one atomic batch (ADR-50).
+
+        A lost acknowledgement is resolved by reading back.
+
+        :param record: canonical JSON; its content is the object ``generations/<10 digits>``.
+        :param metadata: the object's own metadata.
+        :param expected_seq: sequence of the channel's metadata message that we last saw, 0 for none.
+        :returns: the sequence of the channel's new metadata message.
+        :raises WriteConflict: somebody else moved the channel since; nothing is stored.
+        """
+        ...
+
+    async def set_layout(self, layout: str) -> None:
+        """Mark the bucket as ``objects`` or ``generations`` in its stream's metadata.
+
+        :raises NotPermitted: we may not change the stream.
+        """
         ...
 
 

@@ -4,8 +4,9 @@ Rules kept here:
  * nats-py's ObjectStore is not used: it hangs, leaks and is quadratic (docs/performance.md);
  * chunks are acknowledged before the metadata that announces them is sent, or are in the same atomic batch;
  * a metadata message has a nuid or expected sequence by which a lost acknowledgement is resolved by reading back;
- * reading is batched direct gets alone, so it works on replicas and mirrors, and from an account without JetStream;
- * every page is bounded in bytes, every stream of pages in silence, every object by what its metadata says.
+ * every object is bounded by what its metadata says.
+
+The generations layout's part is :mod:`syncd.store.blobs`.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from syncd.store import wire
 from syncd.store.api import (
     ATOMIC_DISABLED,
     NAME_IN_USE,
-    TTL_DISABLED,
     Api,
     ApiError,
     Busy,
     header_int,
+    layout_metadata,
     missing_flags,
     new_stream,
     number,
-    read_state,
 )
 from syncd.store.base import (
     CHUNK_SIZE,
     NUID_PREFIX,
     BadMeta,
+    BlobSink,
     BucketSpec,
     BucketState,
     Hints,
@@ -64,9 +65,11 @@ from syncd.store.base import (
     Store,
     Stored,
 )
+from syncd.store.blobs import Blobs
 from syncd.store.connection import Connection, NoResponders
 from syncd.store.content import Hashes, Meter, check_readable, check_small, describe, in_thread
 from syncd.store.hints import open_hints
+from syncd.store.stream import EXPECTED, MANY_SUBJECTS, PAGE_BYTES, ROLLUP, STALE_SECONDS, STALE_STEP, Stream, as_batch
 from syncd.store.transport import CHUNK_SILENCE_SECONDS, META_SILENCE_SECONDS, End, Transport
 from syncd.store.upload import Upload
 
@@ -82,22 +85,13 @@ log = structlog.get_logger()
 
 META_PAGE_BYTES: Final = 1024 * 1024
 META_PAGE_MESSAGES: Final = 1000
-MANY_BYTES: Final = 4 * 1024 * 1024
-MANY_SUBJECTS: Final = 1000
-"""The server answers 413 to more than 1024 subjects."""
 BATCH_MESSAGES: Final = 1000
-STALE_SECONDS: Final = 2.0
-"""How long a replica may be behind what another one announced."""
-STALE_STEP: Final = 0.2
 CLEANUP_SECONDS: Final = 2.0
 
 _OPEN_BATCHES: Final = 4
 _GROUPS_UNDER_WAY: Final = 2
 _MISSING_TRIES: Final = 3
 _MAY_BE_STORED: Final = (WriteConflict, StoreTimeout, Unavailable)
-
-ROLLUP: Final = {"Nats-Rollup": "sub"}
-EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 
 
 class NatsStore:
@@ -194,12 +188,12 @@ class NatsBucket:
 
     def __init__(self, name: str, transport: Transport, api: Api, fresh_nuid: Callable[[], str]) -> None:
         self._name = name
-        self._stream = wire.stream_of(name)
         self._transport = transport
         self._api = api
         self._fresh_nuid = fresh_nuid
-        self._atomic: bool | None = None
-        self._ttl: bool | None = None
+        self._stream = Stream(name, transport, api)
+        self._lane = self._stream.lane
+        self._blobs = Blobs(self._stream, fresh_nuid)
 
     @property
     def name(self) -> str:
@@ -210,25 +204,15 @@ class NatsBucket:
 
     async def state(self) -> BucketState:
         """See :class:`syncd.store.base.Bucket`."""
-        state = read_state(self._name, await self._api.stream_info(self._name))
-        self._atomic, self._ttl = state.atomic, state.ttl_messages
-        return state
+        return await self._stream.state()
 
     async def seal(self) -> None:
         """See :class:`syncd.store.base.Bucket`."""
-        info = await self._api.stream_info(self._name)
-        await self._api.call(f"STREAM.UPDATE.{self._stream}", {**info["config"], "sealed": True})
+        await self._stream.change(sealed=True)
 
     def hints(self) -> AbstractAsyncContextManager[Hints]:
         """See :class:`syncd.store.base.Bucket`."""
         return open_hints(self._transport.conn, self._name, self.state)
-
-    async def _flags(self) -> tuple[bool, bool]:
-        """Tell whether the stream takes atomic batches, and messages with a TTL."""
-        if self._atomic is None or self._ttl is None:
-            state = await self.state()
-            return state.atomic, state.ttl_messages
-        return self._atomic, self._ttl
 
     # -- metadata -------------------------------------------------------------------------------------------------
 
@@ -237,7 +221,7 @@ class NatsBucket:
         loop = asyncio.get_running_loop()
         give_up = 0.0
         while True:
-            messages, end = await self._collect(
+            messages, end = await self._stream.collect(
                 {
                     "batch": META_PAGE_MESSAGES,
                     "seq": after + 1,
@@ -260,7 +244,7 @@ class NatsBucket:
 
     async def get_info(self, name: str) -> ObjectInfo | None:
         """See :class:`syncd.store.base.Bucket`."""
-        message = await self._last(wire.meta_subject(self._name, name))
+        message = await self._stream.last(wire.meta_subject(self._name, name))
         if message is None:
             return None
         info = self._read_meta(message)
@@ -298,17 +282,17 @@ class NatsBucket:
             return holder
         headers = {"Nats-Rollup": "sub"} | _meta_headers(seq)
         try:
-            await self._transport.send_and_wait(subject, publisher.encode(), headers, lane=self._stream)
+            await self._transport.send_and_wait(subject, publisher.encode(), headers, lane=self._lane)
         except (WriteConflict, StoreTimeout, Unavailable) as error:
             # Somebody was faster, or our own message is stored and its acknowledgement lost.
             holder, _ = await self._claimed(subject)
             if not holder:
-                raise await self._explain(error) from error
+                raise await self._stream.explain(error) from error
             return holder
         return publisher
 
     async def _claimed(self, subject: str) -> tuple[str, int]:
-        message = await self._last(subject)
+        message = await self._stream.last(subject)
         if message is None:
             return "", 0
         return message.data.decode("utf-8", "replace"), header_int(message.headers or {}, "Nats-Sequence")
@@ -323,75 +307,13 @@ class NatsBucket:
         subject = wire.meta_subject(self._name, name)
         headers = {**_meta_headers(expected), "Nats-Msg-Id": self._fresh_nuid()}
         try:
-            return await self._transport.send_and_wait(subject, payload, headers, lane=self._stream)
+            return await self._transport.send_and_wait(subject, payload, headers, lane=self._lane)
         except (WriteConflict, StoreTimeout, Unavailable) as error:
             # Our own message may be what it conflicts with: sent twice, acknowledged never.
-            stored = await self._read_back([(subject, payload)])
+            stored = await self._stream.read_back([(subject, payload)])
             if stored:
                 return stored[subject]
-            raise await self._explain(error) from error
-
-    async def _read_back(self, written: Iterable[tuple[str, bytes]]) -> dict[str, int] | None:
-        """Return subject -> sequence of those messages that are stored exactly so, as the newest of their subject.
-
-        ``None``: that cannot be found out now.
-        """
-        wanted = dict(written)
-        found: dict[str, int] = {}
-        subjects = list(wanted)
-        try:
-            for start in range(0, len(subjects), MANY_SUBJECTS):
-                async for message in self._newest(subjects[start : start + MANY_SUBJECTS], META_SILENCE_SECONDS):
-                    headers = message.headers or {}
-                    subject = headers.get("Nats-Subject", "")
-                    if wanted.get(subject) == message.data:
-                        found[subject] = header_int(headers, "Nats-Sequence")
-        except SyncdError as error:
-            log.debug("read_back_failed", bucket=self._name, reason=error.message)
-            return None
-        return found
-
-    # -- requests ---------------------------------------------------------------------------------------------------
-
-    async def _collect(self, request: Mapping[str, Any], silence: float) -> tuple[list[Msg], End]:
-        subject = f"{self._api.conn.api}.DIRECT.GET.{self._stream}"
-        try:
-            return await self._transport.collect(subject, request, silence)
-        except NoResponders as error:
-            raise await self._explain(error) from error
-
-    async def _explain(self, error: SyncdError) -> SyncdError:
-        """Find out why nobody answers."""
-        if not isinstance(error, NoResponders):
-            return error
-        try:
-            config = (await self._api.stream_info(self._name))["config"]
-        except BucketNotFound as missing:
-            return missing
-        except SyncdError:
-            return error
-        if config.get("allow_direct") or config.get("mirror_direct"):
-            return error
-        return Unavailable(
-            f"bucket {self._name!r} does not allow direct gets",
-            hint=f"nats stream edit {self._stream} --allow-direct",
-        )
-
-    async def _last(self, subject: str) -> Msg | None:
-        messages = [message async for message in self._newest([subject], META_SILENCE_SECONDS)]
-        return messages[-1] if messages else None
-
-    async def _newest(self, subjects: Sequence[str], silence: float) -> AsyncIterator[Msg]:
-        """Yield the newest message of each subject that has one, in pages."""
-        request: dict[str, Any] = {"multi_last": subjects, "batch": MANY_SUBJECTS}
-        while True:
-            request["max_bytes"] = min(MANY_BYTES, self._transport.page_bytes())
-            messages, end = await self._collect(request, silence)
-            for message in messages:
-                yield message
-            if not end.pending or not messages:
-                return
-            request |= {"seq": end.last_seq + 1, "up_to_seq": end.up_to_seq}
+            raise await self._stream.explain(error) from error
 
     # -- writing content --------------------------------------------------------------------------------------------
 
@@ -402,7 +324,7 @@ class NatsBucket:
         """
         nuid = self._fresh_nuid()
         subject = wire.chunk_subject(self._name, nuid)
-        upload = Upload(self._transport, nuid, subject=subject, lane=self._stream, source=source, progress=progress)
+        upload = Upload(self._transport, nuid, subject=subject, lane=self._lane, source=source, progress=progress)
         try:
             stored = await upload.run()
             if upload.doubled:
@@ -412,7 +334,7 @@ class NatsBucket:
             if upload.chunks:
                 await self._clean_up([nuid])
             if isinstance(error, NoResponders):
-                raise await self._explain(error) from error
+                raise await self._stream.explain(error) from error
             raise
         return stored
 
@@ -422,7 +344,7 @@ class NatsBucket:
         :raises StoreTimeout: one is; the upload must be begun anew.
         """
         request = {"batch": 1, "seq": 1, "next_by_subj": subject}
-        messages, _ = await self._collect(request, CHUNK_SILENCE_SECONDS)
+        messages, _ = await self._stream.collect(request, CHUNK_SILENCE_SECONDS)
         if messages and header_int(messages[0].headers or {}, "Nats-Num-Pending") + 1 > chunks:
             raise StoreTimeout("a chunk was stored twice while the connection was renewed")
 
@@ -455,7 +377,7 @@ class NatsBucket:
 
     async def _put_all(self, puts: list[_Put]) -> list[tuple[_Put, int | SyncdError]]:
         try:
-            atomic, _ = await self._flags()
+            atomic, _ = await self._stream.flags()
         except SyncdError as error:
             if not isinstance(error, NotPermitted):
                 return [(put, error) for put in puts]
@@ -470,7 +392,7 @@ class NatsBucket:
             elif isinstance(outcome, BucketSealed | NotPermitted | BucketNotFound):
                 done.extend((put, outcome) for put in group)
             elif isinstance(outcome, StoreTimeout | Unavailable) and not isinstance(outcome, Busy):
-                stored = await self._read_back((put.subject, put.payload) for put in group)
+                stored = await self._stream.read_back((put.subject, put.payload) for put in group)
                 if stored is None:
                     done.extend((put, outcome) for put in group)
                     continue
@@ -478,7 +400,7 @@ class NatsBucket:
                 again.extend(put for put in group if put.subject not in stored)
             else:
                 if isinstance(outcome, ApiError) and outcome.code == ATOMIC_DISABLED:
-                    self._atomic = False
+                    self._stream.atomic = False
                 again.extend(group)
         if again:
             done.extend(await self._put_singly(again))
@@ -500,11 +422,11 @@ class NatsBucket:
         left = deque(puts)
         try:
             while left:
-                group = _take_group(left, min(MANY_BYTES, self._transport.writing.limit))
+                group = _take_group(left, min(PAGE_BYTES, self._transport.writing.limit))
                 *head, (subject, payload, headers) = self._batch_messages(group)
                 try:
                     out = await self._transport.publish(
-                        subject, payload, headers, lane=self._stream, head=head, again=False
+                        subject, payload, headers, lane=self._lane, head=head, again=False
                     )
                 except SyncdError as error:
                     done.extend([(group, error), (list(left), error)])
@@ -526,12 +448,7 @@ class NatsBucket:
             if put.data:
                 messages.append((wire.chunk_subject(self._name, put.stored.nuid), put.data, {}))
             messages.append((put.subject, put.payload, put.meta_headers))
-        batch = self._fresh_nuid()
-        for place, (_, _, headers) in enumerate(messages, 1):
-            headers["Nats-Batch-Id"] = batch
-            headers["Nats-Batch-Sequence"] = str(place)
-        messages[-1][2]["Nats-Batch-Commit"] = "1"
-        return messages
+        return as_batch(self._fresh_nuid(), messages)
 
     @staticmethod
     def _batch_seqs(group: Sequence[_Put], last: int) -> list[int]:
@@ -545,7 +462,7 @@ class NatsBucket:
     async def _put_singly(self, puts: Sequence[_Put]) -> list[tuple[_Put, int | SyncdError]]:
         """Chunks first, then the metadata of those whose chunk is acknowledged."""
         with_data = [put for put in puts if put.data]
-        acks = await self._publish_all(
+        acks = await self._stream.publish_all(
             [
                 (
                     wire.chunk_subject(self._name, put.stored.nuid),
@@ -557,14 +474,14 @@ class NatsBucket:
         )
         failed = {put.index: ack for put, ack in zip(with_data, acks, strict=True) if isinstance(ack, SyncdError)}
         ready = [put for put in puts if put.index not in failed]
-        answers = await self._publish_all(
+        answers = await self._stream.publish_all(
             [(put.subject, put.payload, {**put.meta_headers, "Nats-Msg-Id": self._fresh_nuid()}) for put in ready]
         )
         outcomes: list[tuple[_Put, int | SyncdError]] = [
             (put, failed[put.index]) for put in puts if put.index in failed
         ]
         doubtful = [put for put, ack in zip(ready, answers, strict=True) if isinstance(ack, _MAY_BE_STORED)]
-        stored = (await self._read_back((put.subject, put.payload) for put in doubtful)) or {}
+        stored = (await self._stream.read_back((put.subject, put.payload) for put in doubtful)) or {}
         orphans: list[str] = []
         for put, ack in zip(ready, answers, strict=True):
             if isinstance(ack, SyncdError) and put.subject in stored:
@@ -576,49 +493,11 @@ class NatsBucket:
         await self._clean_up(orphans)
         return outcomes
 
-    async def _publish_all(self, messages: Sequence[tuple[str, bytes, Mapping[str, str]]]) -> list[int | SyncdError]:
-        """Publish in a pipeline; one acknowledgement or error per message."""
-        outs: list[Outgoing] = []
-        acks: list[int | SyncdError] = []
-        unsent: SyncdError | None = None
-        try:
-            for subject, payload, headers in messages:
-                try:
-                    outs.append(await self._transport.publish(subject, payload, headers, lane=self._stream))
-                except SyncdError as error:
-                    unsent = error
-                    break
-            for out in outs:
-                try:
-                    acks.append(await out.acked)
-                except SyncdError as error:
-                    acks.append(error)
-        finally:
-            for out in outs:
-                self._transport.forget(out)
-        if unsent is not None:
-            acks.extend([unsent] * (len(messages) - len(outs)))
-        return acks
-
     async def remove_chunks(self, nuid: str) -> None:
         """See :class:`syncd.store.base.Bucket`."""
         if not wire.is_nuid(nuid):
             raise StoreRejected("a nuid that is no subject token")
-        subject = wire.chunk_subject(self._name, nuid)
-        _, ttl = await self._flags()
-        if ttl:
-            try:
-                headers = {**ROLLUP, "Nats-TTL": "1"}
-                await self._transport.send_and_wait(subject, b"", headers, lane=self._stream)
-            except ApiError as error:
-                if error.code != TTL_DISABLED:
-                    raise
-                self._ttl = False
-            except NoResponders as error:
-                raise await self._explain(error) from error
-            else:
-                return
-        await self._api.call(f"STREAM.PURGE.{self._stream}", {"filter": subject})
+        await self._stream.free([wire.chunk_subject(self._name, nuid)])
 
     async def _clean_up(self, nuids: Sequence[str]) -> None:
         """Remove chunks that nothing announces, as far as that goes quickly; the publisher's audit finds the rest."""
@@ -702,7 +581,7 @@ class NatsBucket:
                 "max_bytes": self._transport.page_bytes(),
                 "no_hdr": True,
             }
-            messages, end = await self._collect(request, CHUNK_SILENCE_SECONDS)
+            messages, end = await self._stream.collect(request, CHUNK_SILENCE_SECONDS)
             if messages:
                 return messages, end
             if loop.time() >= give_up:
@@ -719,7 +598,7 @@ class NatsBucket:
         try:
             while left or flying:
                 while left and len(flying) < _GROUPS_UNDER_WAY:
-                    group = _take_infos(left, min(MANY_BYTES, self._transport.page_bytes()))
+                    group = _take_infos(left, min(PAGE_BYTES, self._transport.page_bytes()))
                     flying.append(asyncio.create_task(self._fetch_group(group)))
                 for item in await flying[0]:
                     yield item
@@ -746,15 +625,46 @@ class NatsBucket:
                 break
             if attempt:
                 await asyncio.sleep(STALE_STEP)
-            async for message in self._newest(list(wanted), CHUNK_SILENCE_SECONDS):
-                for info in wanted.pop((message.headers or {}).get("Nats-Subject", ""), []):
-                    if len(message.data) == info.size:
-                        found.append((info, message.data))
-                    else:  # not kept: it may be as large as a message can be
-                        done.append((info, _wrong_size(len(message.data))))
+            async for page in self._stream.newest(list(wanted), CHUNK_SILENCE_SECONDS):
+                for message in page:
+                    for info in wanted.pop((message.headers or {}).get("Nats-Subject", ""), []):
+                        if len(message.data) == info.size:
+                            found.append((info, message.data))
+                        else:  # not kept: it may be as large as a message can be
+                            done.append((info, _wrong_size(len(message.data))))
         done.extend((info, ObjectGone("its chunk is gone")) for group in wanted.values() for info in group)
         done.extend(await in_thread(lambda: [_verified(info, data) for info, data in found]))
         return done
+
+    # -- the generations layout ---------------------------------------------------------------------------------------
+
+    def blob_sink(self) -> AbstractAsyncContextManager[BlobSink]:
+        """See :class:`syncd.store.base.Bucket`."""
+        return self._blobs.sink()
+
+    def get_blobs(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes | SyncdError]]:
+        """See :class:`syncd.store.base.Bucket`."""
+        return self._blobs.get(digests)
+
+    async def remove_blobs(self, digests: Sequence[str]) -> None:
+        """See :class:`syncd.store.base.Bucket`."""
+        await self._blobs.remove(digests)
+
+    async def commit_generation(
+        self, number: int, record: bytes, metadata: Mapping[str, str], *, channel: str, expected_seq: int
+    ) -> int:
+        """See :class:`syncd.store.base.Bucket`.
+
+        :raises StoreRejected: the stream takes no atomic batches.
+        """
+        return await self._blobs.commit(number, record, metadata, channel=channel, expected_seq=expected_seq)
+
+    async def set_layout(self, layout: str) -> None:
+        """See :class:`syncd.store.base.Bucket`."""
+        state = await self._stream.state()
+        wanted = {**state.metadata, **layout_metadata(layout)}
+        if state.metadata != wanted:
+            await self._stream.change(metadata=wanted)
 
 
 def newest_of(metas: Iterable[ObjectInfo | BadMeta]) -> tuple[ObjectInfo | BadMeta, ...]:

@@ -29,12 +29,14 @@ from syncd.errors import (
     SyncdError,
     WriteConflict,
 )
+from syncd.nodes import FORMAT
 from syncd.store import wire
 from syncd.store.base import (
     CHUNK_SIZE,
     EMPTY,
     NUID_PREFIX,
     BadMeta,
+    BlobSink,
     BucketSpec,
     BucketState,
     Hints,
@@ -49,16 +51,17 @@ from syncd.store.base import (
     Store,
     Stored,
 )
+from syncd.store.codec import decode
 from syncd.store.content import check_readable, check_small, describe
+from syncd.store.generation import encode_commit
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
 PAGE = 500
+BLOB_PAGE = 64
+REMOVED_SECONDS = 1.0
+"""How long the empty message stays that replaces a removed blob."""
 
 
 class Faults:
@@ -89,7 +92,8 @@ class Faults:
     def fail(self, call: str, error: Exception, times: int = 1) -> None:
         """Let the next calls of a method (``"*"``: of any) raise ``error`` before they do anything.
 
-        ``upload`` and ``download`` can also fail in the middle: ``"upload_chunk"``, ``"download_chunk"``.
+        ``upload`` and ``download`` can also fail in the middle: ``"upload_chunk"``, ``"download_chunk"``; blobs on
+        their way up one by one, ``"put_blob"``, and on their way down by pages, ``"get_blobs"``.
         """
         self._failures.extend([(call, error)] * times)
 
@@ -128,23 +132,48 @@ class _Stream:
         self.publisher = ""
         self.metas: dict[str, _Message] = {}
         self.chunks: dict[str, list[_Message]] = {}
+        self.layout = spec.layout
+        self.removed: dict[str, float] = {}
+
+    def sweep(self) -> None:
+        """Forget removed blobs whose time has come."""
+        now = time.monotonic()
+        for digest in [digest for digest, at in self.removed.items() if at <= now]:
+            del self.removed[digest]
+            self.chunks.pop(digest, None)
 
     def size(self) -> int:
         metas = sum(len(message.payload) for message in self.metas.values())
         return metas + sum(len(message.payload) for chunks in self.chunks.values() for message in chunks)
 
     def store(self, payload: bytes, headers: Mapping[str, str] | None = None) -> _Message:
-        if self.sealed:
-            raise BucketSealed("the bucket is sealed")
-        limit = self.spec.max_bytes
-        if limit is not None and self.size() + len(payload) > limit:
-            raise StoreFull("the bucket is full")
+        self.check_room(len(payload))
         self.last_seq += 1
         return _Message(self.last_seq, time.time_ns(), payload, headers or {})
 
+    def check_room(self, size: int) -> None:
+        if self.sealed:
+            raise BucketSealed("the bucket is sealed")
+        limit = self.spec.max_bytes
+        if limit is not None and self.size() + size > limit:
+            raise StoreFull("the bucket is full")
+
+    def put_blob(self, digest: str, payload: bytes, *, replace: bool) -> bool:
+        """Store a blob; tells whether there was none."""
+        if self.sealed:
+            raise BucketSealed("the bucket is sealed")
+        if digest in self.chunks and not replace:
+            return False
+        self.chunks[digest] = [self.store(payload)]
+        self.removed.pop(digest, None)
+        return True
+
+    def seq_of(self, subject: str) -> int:
+        message = self.metas.get(subject)
+        return message.seq if message else 0
+
     def put_meta(self, subject: str, payload: bytes, expected: int | None, headers: Mapping[str, str]) -> _Message:
-        current = self.metas.get(subject)
-        if expected is not None and (current.seq if current else 0) != expected:
+        if expected is not None and self.seq_of(subject) != expected:
             raise WriteConflict("somebody else wrote the object since")
         message = self.store(payload, headers)
         self.metas.pop(subject, None)  # keeps the dict in sequence order
@@ -204,15 +233,27 @@ class MemoryStore:
         if not chunks:
             del stream.chunks[nuid]
 
+    def blob_payload(self, bucket: str, digest: str) -> bytes | None:
+        """Return what is stored for a blob, codec byte and all; ``None`` where there is none."""
+        messages = self.stream(bucket).chunks.get(digest)
+        return messages[-1].payload if messages else None
+
+    def set_blob_payload(self, bucket: str, digest: str, payload: bytes | None) -> None:
+        """Damage, swap or (``None``) remove a blob."""
+        self.stream(bucket).removed.pop(digest, None)
+        self.write_raw_chunks(bucket, digest, [] if payload is None else [payload])
+
     def stream(self, bucket: str) -> _Stream:
         """Return a bucket's stream.
 
         :raises BucketNotFound: there is none.
         """
         try:
-            return self._streams[bucket]
+            stream = self._streams[bucket]
         except KeyError:
             raise BucketNotFound(f"bucket {bucket!r} does not exist") from None
+        stream.sweep()
+        return stream
 
     def fresh_nuid(self) -> str:
         """Return a new nuid."""
@@ -267,7 +308,7 @@ def _state(stream: _Stream) -> BucketState:
         sealed=stream.sealed,
         max_bytes=stream.spec.max_bytes,
         description=stream.spec.description,
-        metadata={**stream.spec.metadata, "syncd.layout": "objects", "syncd.format": "1"},
+        metadata={**stream.spec.metadata, "syncd.layout": stream.layout, "syncd.format": str(FORMAT)},
         republished=True,
         ttl_messages=True,
         atomic=True,
@@ -489,6 +530,64 @@ class MemoryBucket:
         """See :class:`syncd.store.base.Bucket`."""
         (await self._stream("seal")).sealed = True
 
+    # -- the generations layout ---------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def blob_sink(self) -> AsyncIterator[BlobSink]:
+        """See :class:`syncd.store.base.Bucket`."""
+        yield _MemorySink(self._name, self._stream)
+
+    async def get_blobs(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes | SyncdError]]:
+        """See :class:`syncd.store.base.Bucket`."""
+        order = list(reversed(digests) if self._store.faults.reorder else digests)
+        for digest in order:
+            wire.blob_subject(self._name, digest)
+        for start in range(0, len(order), BLOB_PAGE):
+            stream = await self._stream("get_blobs")
+            page = [(digest, _payload(stream, digest)) for digest in order[start : start + BLOB_PAGE]]
+            for outcome in await asyncio.to_thread(lambda page=page: list(itertools.starmap(_decoded, page))):  # type: ignore[misc]
+                yield outcome
+
+    async def remove_blobs(self, digests: Sequence[str]) -> None:
+        """See :class:`syncd.store.base.Bucket`."""
+        for digest in digests:
+            wire.blob_subject(self._name, digest)
+        stream = await self._stream("remove_blobs")
+        for digest in digests:
+            stream.put_blob(digest, b"", replace=True)
+            stream.removed[digest] = time.monotonic() + REMOVED_SECONDS
+
+    async def commit_generation(
+        self, number: int, record: bytes, metadata: Mapping[str, str], *, channel: str, expected_seq: int
+    ) -> int:
+        """See :class:`syncd.store.base.Bucket`."""
+        commit = encode_commit(
+            self._name,
+            number,
+            record,
+            metadata,
+            channel=channel,
+            nuids=(self._store.fresh_nuid(), self._store.fresh_nuid()),
+            now_ns=time.time_ns(),
+        )
+        stream = await self._stream("commit_generation")
+        if stream.sealed:
+            raise BucketSealed("the bucket is sealed")
+        if stream.seq_of(commit.link_subject) != expected_seq:
+            raise WriteConflict(f"somebody else moved channel {channel!r} since")
+        if stream.seq_of(commit.meta_subject):
+            raise WriteConflict(f"generation {number} exists already")
+        stream.check_room(len(commit.record) + len(commit.meta) + len(commit.link))
+        stream.chunks[commit.nuid] = [stream.store(commit.record)]
+        for subject, payload in ((commit.meta_subject, commit.meta), (commit.link_subject, commit.link)):
+            seq = stream.put_meta(subject, payload, None, {}).seq
+            self._store.notify(self._name, seq)
+        return seq
+
+    async def set_layout(self, layout: str) -> None:
+        """See :class:`syncd.store.base.Bucket`."""
+        (await self._stream("set_layout")).layout = layout
+
     async def _stream(self, call: str) -> _Stream:
         await self._store.faults.gate(call)
         return self._store.stream(self._name)
@@ -497,6 +596,53 @@ class MemoryBucket:
         return wire.read_meta(
             self._name, subject, message.payload, message.headers, seq=message.seq, time_ns=message.time_ns
         )
+
+
+class _MemorySink:
+    """Blobs on their way; what fails is told by the next call, as with a pipeline."""
+
+    def __init__(self, bucket: str, stream: Callable[[str], Awaitable[_Stream]]) -> None:
+        self.stored = 0
+        self.stored_bytes = 0
+        self.duplicates = 0
+        self._bucket = bucket
+        self._stream = stream
+        self._error: Exception | None = None
+
+    async def put(self, digest: str, payload: bytes, *, replace: bool = False) -> None:
+        wire.blob_subject(self._bucket, digest)
+        self._check()
+        try:
+            stream = await self._stream("put_blob")
+            fresh = stream.put_blob(digest, payload, replace=replace)
+        except Exception as error:  # noqa: BLE001 - raised by the next call
+            self._error = error
+            return
+        if fresh:
+            self.stored += 1
+            self.stored_bytes += len(payload)
+        else:
+            self.duplicates += 1
+
+    async def flush(self) -> None:
+        await asyncio.sleep(0)
+        self._check()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _payload(stream: _Stream, digest: str) -> bytes:
+    messages = stream.chunks.get(digest)
+    return messages[-1].payload if messages else b""
+
+
+def _decoded(digest: str, payload: bytes) -> tuple[str, bytes | SyncdError]:
+    try:
+        return digest, decode(payload, digest)
+    except (ObjectGone, ObjectCorrupt) as error:
+        return digest, error
 
 
 def _pages(counts: dict[str, int]) -> Iterator[dict[str, int]]:

@@ -25,7 +25,7 @@ import nats.errors
 from syncd.errors import BadName, BucketNotFound, NotPermitted, StoreRejected, StoreTimeout, SyncdError, Unavailable
 from syncd.retry import backoff
 from syncd.store.api import REQUEST_SECONDS, Busy, header_int, read_json
-from syncd.store.connection import MAX_CONTROL_LINE, Connection, NoResponders, as_syncd_error, send
+from syncd.store.connection import MAX_CONTROL_LINE, Connection, NoResponders, as_syncd_error, check_version, send
 from syncd.store.lanes import Due, Lane, Outgoing
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Transport:
     async def _attach(self, max_seconds: float) -> Client:
         """Return the connected client, with our inbox subscribed and all that is unacknowledged sent again.
 
-        :raises SyncdError: not connected within ``max_seconds``.
+        :raises SyncdError: not connected within ``max_seconds``, or to a server that is too old.
         """
         client = self._client
         if client is not None and self._is_current(client) and not self._ordered.locked():
@@ -159,6 +159,7 @@ class Transport:
             client = await self.conn.client(max_seconds)
             if client is self._client:
                 return client
+            check_version(await self.conn.server_version(), self.conn.host)  # an older one would misread us silently
             epoch = self.conn.epoch
             inbox = client.new_inbox()
             cut = len(inbox) + 1

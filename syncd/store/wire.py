@@ -47,6 +47,7 @@ MAX_NUID = 256
 
 _BUCKET = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _NUID = re.compile(r"[!-~]{1,256}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _NOT_IN_TOKEN = frozenset(".*>")
 _TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)")
 
@@ -141,6 +142,16 @@ def format_time(ns: int) -> str:
     """Write nanoseconds since the epoch as RFC 3339 with microseconds, as nats-py does."""
     seconds, rest = divmod(ns, 1_000_000_000)
     return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000).isoformat(timespec="microseconds")
+
+
+def blob_subject(bucket: str, digest: str) -> str:
+    """Return the subject of a blob.
+
+    :raises StoreRejected: that is no digest; as a subject it could be anything.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise StoreRejected(f"{printable(digest[:80])!r} is no digest")
+    return chunk_subject(bucket, digest)
 
 
 # -- writing --------------------------------------------------------------------------------------------------------

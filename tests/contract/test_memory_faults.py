@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from syncd.errors import StoreTimeout, Unavailable
+from syncd.errors import ObjectCorrupt, ObjectGone, StoreTimeout, SyncdError, Unavailable
+from syncd.nodes import digest_of
 from syncd.store.base import CHUNK_SIZE, BucketSpec, ObjectInfo
+from syncd.store.codec import RAW
 from syncd.store.memory import MemoryStore
 from tests.support.store import DEADLINE, BytesSink, BytesSource, content, listing, names, put, small
 
 if TYPE_CHECKING:
+    from syncd.store.base import BlobSink
     from syncd.store.memory import MemoryBucket
 
 
@@ -89,3 +92,72 @@ async def test_a_download_can_fail_in_the_middle(store: MemoryStore, bucket: Mem
     with pytest.raises(StoreTimeout):
         await bucket.download(info, sink)
     assert 0 < len(sink.data) < info.size
+
+
+# -- the generations layout -----------------------------------------------------------------------------------------
+
+GOOD = b"some text"
+
+
+async def send(sink: BlobSink, *blobs: bytes) -> None:
+    for data in blobs:
+        await sink.put(digest_of(data), RAW + data)
+
+
+async def fetch(bucket: MemoryBucket, *digests: str) -> list[tuple[str, bytes | SyncdError]]:
+    return [outcome async for outcome in bucket.get_blobs(digests)]
+
+
+async def test_a_sink_can_fail_in_the_middle(store: MemoryStore, bucket: MemoryBucket) -> None:
+    """The next call tells it, as with a pipeline; what was stored before stays, what comes after is refused."""
+    async with bucket.blob_sink() as sink:
+        await send(sink, b"a", b"b")
+        store.faults.fail("put_blob", StoreTimeout("silent"))
+        await send(sink, b"c")
+        with pytest.raises(StoreTimeout):
+            await send(sink, b"d")
+        with pytest.raises(StoreTimeout):
+            await sink.flush()
+        assert sink.stored == 2
+    assert [page async for page in bucket.list_chunks()] == [{digest_of(b"a"): 1, digest_of(b"b"): 1}]
+
+
+@pytest.mark.parametrize("call", ["get_blobs", "commit_generation", "remove_blobs", "set_layout"])
+async def test_a_call_of_the_generations_layout_can_fail(store: MemoryStore, bucket: MemoryBucket, call: str) -> None:
+    """Before it does anything; the next one works."""
+    async with bucket.blob_sink() as sink:
+        await send(sink, GOOD)
+
+    async def run() -> object:
+        if call == "get_blobs":
+            return await fetch(bucket, digest_of(GOOD))
+        if call == "commit_generation":
+            return await bucket.commit_generation(1, b"{}", {}, channel="head", expected_seq=0)
+        if call == "remove_blobs":
+            return await bucket.remove_blobs([digest_of(GOOD)])
+        return await bucket.set_layout("generations")
+
+    before = await bucket.state()
+    store.faults.fail(call, Unavailable("away"))
+    with pytest.raises(Unavailable):
+        await run()
+    assert await bucket.state() == before
+    await run()
+
+
+async def test_blobs_are_damaged_swapped_and_removed_behind_our_back(store: MemoryStore, bucket: MemoryBucket) -> None:
+    """What a test does to a blob, a reader meets."""
+    one, two = digest_of(b"one"), digest_of(b"two")
+    async with bucket.blob_sink() as sink:
+        await send(sink, b"one", b"two")
+    payload = store.blob_payload("B", one)
+    assert payload == RAW + b"one"
+    store.set_blob_payload("B", two, payload)
+    store.set_blob_payload("B", one, None)
+    assert store.blob_payload("B", one) is None
+    assert [(digest, type(data)) for digest, data in await fetch(bucket, one, two)] == [
+        (one, ObjectGone),
+        (two, ObjectCorrupt),
+    ]
+    store.faults.reorder = True
+    assert [digest for digest, _ in await fetch(bucket, one, two)] == [two, one]

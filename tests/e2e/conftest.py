@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nats
 import pytest
-from nats.js.api import ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 
+from syncd.store.bucket import NatsStore
+from syncd.store.connection import Connection, ConnectionOptions
 from tests.support.daemon import Daemon
 from tests.support.mirror import litter
+from tests.support.reach import reachable
 from tests.support.trees import equal_trees
 
 if TYPE_CHECKING:
@@ -28,16 +29,32 @@ EAGER = "settle_ms = 10\nrescan_seconds = 1\n"
 """Both roles: look at everything every second, so that a test of healing need not wait a minute for it."""
 EAGER_PUBLISH = EAGER + "grace_seconds = 1\nmax_delete_percent = 100\n"
 FREED_SECONDS = 30.0
-CLAIM = "publisher"
-"""The one chunk subject that is no content: who publishes the folder."""
 
 
 def nats_config(server: NatsServer) -> str:
     return f'[nats]\nservers = ["{server.url}"]\n'
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test runs in both layouts, unless it is marked ``@pytest.mark.layout("objects")`` or the other."""
+    mark = metafunc.definition.get_closest_marker("layout")
+    metafunc.parametrize("layout", mark.args if mark else ("generations", "objects"), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def layout(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What :func:`publish` configures."""
+    _layout.append(request.param)
+    yield request.param
+    _layout.pop()
+
+
+_layout: list[str] = []
+
+
 def publish(source: Path, folder: str = "app", extra: str = EAGER_PUBLISH) -> str:
-    return f'[[publish]]\nfolder = "{folder}"\npath = "{source}"\n{extra}\n'
+    kept = "keep_generations = 3\n" if _layout[-1] == "generations" and extra == EAGER_PUBLISH else ""
+    return f'[[publish]]\nfolder = "{folder}"\npath = "{source}"\nlayout = "{_layout[-1]}"\n{kept}{extra}\n'
 
 
 def subscribe(mirror: Path, folder: str = "app", extra: str = EAGER) -> str:
@@ -76,34 +93,17 @@ def daemons(tmp_path: Path, nats_server: NatsServer) -> Iterator[Daemons]:
 
 
 async def orphans(url: str, folder: str = "app") -> set[str]:
-    """Chunk subjects of a bucket that no metadata message names, read with nats-py alone."""
-    stream, prefix = f"OBJ_{folder}", f"$O.{folder}.C."
-    client = await nats.connect(url)
+    """Chunk subjects of a bucket that nothing needs: no metadata message, no kept generation."""
+    connection = Connection(ConnectionOptions(servers=(url,), name="orphans"))
+    await connection.start(10)
     try:
-        js = client.jetstream()
-        info = await js.stream_info(stream, subjects_filter=f"{prefix}>")
-        chunks = {subject.removeprefix(prefix) for subject in info.state.subjects or {}} - {CLAIM}
-        return chunks - {meta["nuid"] for meta in await _metas(js, stream, folder) if not meta.get("deleted")}
+        bucket = NatsStore(connection).bucket(folder)
+        listed: set[str] = set()
+        async for page in bucket.list_chunks():
+            listed.update(page)
+        return listed - await reachable(bucket)
     finally:
-        await client.close()
-
-
-async def _metas(js: Any, stream: str, folder: str) -> list[dict[str, Any]]:
-    info = await js.stream_info(stream, subjects_filter=f"$O.{folder}.M.>")
-    left = len(info.state.subjects or {})
-    found: list[dict[str, Any]] = []
-    if not left:
-        return found
-    consumer = ConsumerConfig(deliver_policy=DeliverPolicy.LAST_PER_SUBJECT)
-    sub = await js.subscribe(f"$O.{folder}.M.>", stream=stream, ordered_consumer=True, config=consumer)
-    try:
-        while left:
-            message = await sub.next_msg(timeout=10)
-            found.append(json.loads(message.data))
-            left = message.metadata.num_pending
-    finally:
-        await sub.unsubscribe()
-    return found
+        await connection.close()
 
 
 async def no_orphans(url: str, folder: str = "app", seconds: float = FREED_SECONDS) -> None:

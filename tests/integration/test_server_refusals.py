@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
+from syncd.errors import Unavailable
+from syncd.nodes import digest_of
+from syncd.store.base import BucketSpec
+from syncd.store.codec import RAW
 from tests.support.daemon import Daemon
 from tests.support.server import NatsServer, free_port
+from tests.support.store import live_kit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,6 +83,38 @@ def test_a_server_that_is_too_old_is_named_with_its_version(tmp_path: Path, old_
         assert host.stop() == 0
     finally:
         host.kill()
+
+
+@pytest.mark.fault("N7")
+async def test_a_server_that_is_too_old_gets_no_message_of_ours(old_server: NatsServer) -> None:
+    """It would take a commit for three single messages: it is refused in every call, also under a running store."""
+    config = {"name": "OBJ_B", "subjects": ["$O.B.C.>", "$O.B.M.>"], "allow_rollup_hdrs": True, "allow_direct": True}
+    async with live_kit(old_server.url) as kit:
+        await kit.api("STREAM.CREATE.OBJ_B", config)
+        bucket = kit.store.bucket("B")
+        bucket._stream.atomic = bucket._stream.ttl = True  # learnt from a newer server of its cluster
+
+        async def put_blob() -> None:
+            async with bucket.blob_sink() as sink:
+                await sink.put(digest_of(b"x"), RAW + b"x")
+
+        async def get_blob() -> list[object]:
+            return [item async for item in bucket.get_blobs([digest_of(b"x")])]
+
+        calls = [
+            kit.store.create_bucket("B", BucketSpec(layout="generations")),
+            put_blob(),
+            get_blob(),
+            bucket.remove_blobs([digest_of(b"x")]),
+            bucket.commit_generation(1, b"{}", {}, channel="head", expected_seq=0),
+            bucket.set_layout("generations"),
+        ]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for result in results:
+            assert isinstance(result, Unavailable), result
+            assert "nats-server 2." in result.message
+            assert "needs 2.12" in result.message
+        assert (await kit.api("STREAM.INFO.OBJ_B"))["state"]["messages"] == 0
 
 
 def test_a_server_without_jetstream_is_named_as_such(tmp_path: Path, bare_server: NatsServer) -> None:

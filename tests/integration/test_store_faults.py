@@ -25,13 +25,16 @@ from syncd.store.base import CHUNK_SIZE, EMPTY, BucketSpec, ObjectInfo, ObjectMe
 from syncd.store.bucket import NatsStore
 from tests.support.server import NatsServer
 from tests.support.store import (
+    TWO_ACCOUNTS,
     BytesSink,
     BytesSource,
+    as_user,
     connected,
     content,
     get,
     listing,
     live_kit,
+    lose_answers,
     names,
     put,
     raw_meta,
@@ -40,8 +43,6 @@ from tests.support.store import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-
-    from nats.aio.msg import Msg
 
     from syncd.store.base import Hints
     from syncd.store.bucket import NatsBucket
@@ -456,24 +457,6 @@ async def test_a_closed_connection_is_our_error_in_every_call(nats_server: NatsS
 # -- lost acknowledgements --------------------------------------------------------------------------------------------
 
 
-def lose_answers(monkeypatch: pytest.MonkeyPatch, bucket: NatsBucket, count: int) -> list[Msg]:
-    """Drop the next acknowledgements, as a connection that breaks at the wrong moment does."""
-    transport = bucket._transport
-    original = transport._on_ack
-    lost: list[Msg] = []
-
-    def on_ack(out: Any, message: Msg) -> None:
-        if len(lost) < count:
-            lost.append(message)
-        else:
-            original(out, message)
-
-    monkeypatch.setattr(transport, "_on_ack", on_ack)
-    monkeypatch.setattr(lanes_module, "SLOW_RESEND_SECONDS", 0.5)
-    transport.writing.limit = 4 * 1024 * 1024  # several chunks under way from the first on
-    return lost
-
-
 @pytest.mark.parametrize("expected", [0, None])
 async def test_a_lost_acknowledgement_of_metadata_is_resolved(
     bucket: NatsBucket, monkeypatch: pytest.MonkeyPatch, expected: int | None
@@ -653,35 +636,6 @@ async def test_what_no_hint_tells_is_found_by_the_timer(kit: LiveKit) -> None:
 
 
 # -- permissions ------------------------------------------------------------------------------------------------------
-
-TWO_ACCOUNTS = """
-accounts {
-  SYNC { jetstream: enabled
-    users: [ { user: admin, password: pw }
-      { user: publisher, password: pw, permissions: {
-          publish: { allow: ["$O.B.C.*", "$O.B.M.*", "$JS.API.STREAM.INFO.OBJ_B", "$JS.API.DIRECT.GET.OBJ_B"] }
-          subscribe: { allow: ["_INBOX_publisher.>"] } } }
-      { user: reader, password: pw, permissions: {
-          publish: { allow: ["$JS.API.STREAM.INFO.OBJ_B", "$JS.API.DIRECT.GET.OBJ_B"] }
-          subscribe: { allow: ["_INBOX_reader.>"] } } } ]
-    exports: [
-      { service: "$JS.API.DIRECT.GET.OBJ_B", response: stream, accounts: [FLEET] }
-      { service: "$JS.API.STREAM.INFO.OBJ_B", accounts: [FLEET] }
-      { stream: "syncd.B.meta.>", accounts: [FLEET] } ] }
-  FLEET {
-    users: [ { user: host, password: pw, permissions: {
-        publish: { allow: ["$JS.API.DIRECT.GET.OBJ_B", "syncd.B.info"] }
-        subscribe: { allow: ["_INBOX_host.>", "syncd.B.meta.>"] } } } ]
-    imports: [
-      { service: { account: SYNC, subject: "$JS.API.DIRECT.GET.OBJ_B" } }
-      { service: { account: SYNC, subject: "$JS.API.STREAM.INFO.OBJ_B" }, to: "syncd.B.info" }
-      { stream: { account: SYNC, subject: "syncd.B.meta.>" } } ] }
-}
-"""
-
-
-def as_user(name: str) -> dict[str, Any]:
-    return {"user": name, "password": "pw", "inbox_prefix": f"_INBOX_{name}"}
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import nats
 from nats.js.errors import NotFoundError
 
-from syncd.publisher import Publisher, PublishOptions, PushResult
+from syncd.outlet import PublishOptions, PushResult
+from syncd.publisher import Publisher
 from syncd.rules import Rules
 from syncd.status import FolderState, FolderStatus, StatusKeeper
 from syncd.store.base import CHUNK_SIZE, hex_to_digest

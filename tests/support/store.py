@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import nats
 from blake3 import blake3
 
+from syncd.store import lanes as lanes_module
 from syncd.store.base import BadMeta, ObjectInfo, ObjectMeta, SmallPut, Stored
 from syncd.store.bucket import NatsStore
 from syncd.store.connection import Connection, ConnectionOptions
@@ -20,11 +21,40 @@ from syncd.store.memory import MemoryStore
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    import pytest
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
 
     from syncd.store.base import Bucket
+    from syncd.store.bucket import NatsBucket
 
 DEADLINE = 20.0
+
+TWO_ACCOUNTS = """
+accounts {
+  SYNC { jetstream: enabled
+    users: [ { user: admin, password: pw }
+      { user: publisher, password: pw, permissions: {
+          publish: { allow: ["$O.B.C.*", "$O.B.M.*", "$JS.API.STREAM.INFO.OBJ_B", "$JS.API.DIRECT.GET.OBJ_B"] }
+          subscribe: { allow: ["_INBOX_publisher.>"] } } }
+      { user: reader, password: pw, permissions: {
+          publish: { allow: ["$JS.API.STREAM.INFO.OBJ_B", "$JS.API.DIRECT.GET.OBJ_B"] }
+          subscribe: { allow: ["_INBOX_reader.>"] } } } ]
+    exports: [
+      { service: "$JS.API.DIRECT.GET.OBJ_B", response: stream, accounts: [FLEET] }
+      { service: "$JS.API.STREAM.INFO.OBJ_B", accounts: [FLEET] }
+      { stream: "syncd.B.meta.>", accounts: [FLEET] } ] }
+  FLEET {
+    users: [ { user: host, password: pw, permissions: {
+        publish: { allow: ["$JS.API.DIRECT.GET.OBJ_B", "syncd.B.info"] }
+        subscribe: { allow: ["_INBOX_host.>", "syncd.B.meta.>"] } } } ]
+    imports: [
+      { service: { account: SYNC, subject: "$JS.API.DIRECT.GET.OBJ_B" } }
+      { service: { account: SYNC, subject: "$JS.API.STREAM.INFO.OBJ_B" }, to: "syncd.B.info" }
+      { stream: { account: SYNC, subject: "syncd.B.meta.>" } } ] }
+}
+"""
+"""Rights of a publisher and of a reader on bucket B, and a host in an account without JetStream."""
 
 
 class BytesSource:
@@ -170,6 +200,10 @@ class LiveKit(Kit):
         await self.api(f"STREAM.DELETE.OBJ_{bucket}")
 
 
+def as_user(name: str) -> dict[str, Any]:
+    return {"user": name, "password": "pw", "inbox_prefix": f"_INBOX_{name}"}
+
+
 @asynccontextmanager
 async def connected(url: str, **options: Any) -> AsyncIterator[Connection]:
     conn = Connection(ConnectionOptions(servers=(url,), name="test", **options))
@@ -193,6 +227,24 @@ async def raw_client(url: str, **options: Any) -> AsyncIterator[Client]:
 async def live_kit(url: str) -> AsyncIterator[LiveKit]:
     async with connected(url) as conn, raw_client(url) as other:
         yield LiveKit(conn, other)
+
+
+def lose_answers(monkeypatch: pytest.MonkeyPatch, bucket: NatsBucket, count: int) -> list[Msg]:
+    """Drop the next acknowledgements, as a connection that breaks at the wrong moment does."""
+    transport = bucket._transport
+    original = transport._on_ack
+    lost: list[Msg] = []
+
+    def on_ack(out: Any, message: Msg) -> None:
+        if len(lost) < count:
+            lost.append(message)
+        else:
+            original(out, message)
+
+    monkeypatch.setattr(transport, "_on_ack", on_ack)
+    monkeypatch.setattr(lanes_module, "SLOW_RESEND_SECONDS", 0.5)
+    transport.writing.limit = 4 * 1024 * 1024  # several messages under way from the first on
+    return lost
 
 
 def tasks_named(part: str) -> list[asyncio.Task[Any]]:

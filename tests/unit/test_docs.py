@@ -9,8 +9,9 @@ reader has to imagine is mapped, and nothing else: `nats.example.com:4222` and `
 session's own (started by the session itself, or beforehand "with a server"), `/srv/` and `/var/lib/` directories of
 its own, each host gets a state directory, and terminals are 200 columns wide. config/*.toml and blocks after
 `<!-- file: NAME -->` lie in the working directory, mapped likewise. Output must be what the block claims, but for
-blanks and "3s ago"; a line `...` stands for any lines. Commands that only look are asked again for a while: their
-reader would wait a moment, too. Every job that is left runs into SIGTERM at the end, and syncd must answer with 0.
+blanks and what VOLATILE names; a line `...` stands for any lines. Commands that only look are asked again for a
+while: their reader would wait a moment, too. Every job that is left runs into SIGTERM at the end, and syncd must answer
+with 0.
 """
 
 from __future__ import annotations
@@ -710,8 +711,23 @@ class Shell:
         self.process.communicate()
 
 
+VOLATILE = (
+    (re.compile(r"\b(\d+[smhd] ago|never)\b"), "AGO"),
+    (re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "TIME"),
+    (re.compile(r"^generation \d+, tree [0-9a-f]{12}\b"), "generation N, tree DIGEST"),
+    (re.compile(r"\bAGO (\d+|-) (?=\d+ \d+ )"), "AGO N "),
+    (re.compile(r"^(\S+: generation .*?)[\d.]+ ([KMG]i)?B (uploaded|downloaded)\b"), r"\1SIZE \3"),
+    (re.compile(r"^(\S+: )[\d.]+ ([KMG]i)?B before\b"), r"\1SIZE before"),
+)
+"""What no two runs share: times, digests over times, sizes of what is compressed with digests, and into how many
+generations a daemon puts what a shell wrote."""
+
+
 def normal(line: str) -> str:
-    return re.sub(r"\b(\d+[smhd] ago|never)\b", "AGO", " ".join(line.split()))
+    line = " ".join(line.split())
+    for pattern, word in VOLATILE:
+        line = pattern.sub(word, line)
+    return line
 
 
 def agrees(expected: list[str], lines: list[str]) -> bool:

@@ -43,7 +43,7 @@ GOOD = new_stream("B", BucketSpec())
         (503, 10047, StoreFull),
         (503, 10023, StoreFull),
         (400, 10071, WriteConflict),
-        (400, 10164, WriteConflict),
+        (400, 10164, Busy),
         (400, 10109, BucketSealed),
         (404, 10059, BucketNotFound),
         (503, 10039, NoJetStream),

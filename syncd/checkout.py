@@ -1,0 +1,509 @@
+"""A bucket of the generations layout as a mirror sees it: which generation to go to, and what that is made of.
+
+Rules kept here:
+ * the channel decides; a read that is older than what was seen in the same bucket is stale and changes nothing;
+ * only directory nodes that differ are read, and the ``remote`` half of the index changes in one transaction: it
+   describes one generation, exactly;
+ * a generation is had whole or not at all: what cannot be read refuses all of it, is reported, and is tried again
+   later and later; a newer one is tried at once;
+ * numbers, records and digests are remembered across restarts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from syncd.crashpoints import crash_point
+from syncd.errors import BadName, ObjectCorrupt, ObjectGone, SyncdError, Unavailable
+from syncd.gather import Gatherer, Unfetchable
+from syncd.index.checkout import CheckoutTables
+from syncd.mirror import PART_NAME
+from syncd.model import Kind, Problem
+from syncd.nodes import EMPTY_LOCATION, NodeRef
+from syncd.paths import check_path, printable
+from syncd.problems import ProblemBook
+from syncd.store.base import CHANNELS
+from syncd.trees import TreeReader
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Iterator
+
+    from syncd.index import Index
+    from syncd.mirror import Mirror
+    from syncd.model import Entry
+    from syncd.nodes import Location, Node
+    from syncd.progress import Meter
+    from syncd.rules import Rules
+    from syncd.service import FolderThread
+    from syncd.store.base import Bucket, BucketState
+    from syncd.trees import Commit
+    from syncd.upstream import Fetch, Pages, PullResult, Row
+
+log = structlog.get_logger()
+
+NODES_AT_ONCE: Final = 64
+NODE_BYTES_AT_ONCE: Final = 8 * 1024 * 1024
+ROWS_AT_ONCE: Final = 1000
+MAX_ENTRIES: Final = 20_000_000
+"""Entries of one walk: a forged tree may name one directory a thousand times on every level."""
+FIRST_RETRY_SECONDS: Final = 30.0
+MAX_RETRY_SECONDS: Final = 3600.0
+STALE_TRIES: Final = (0.02, 0.05, 0.1, 0.2)
+"""Waits, in seconds, for a replica that is behind the hint we came for."""
+
+TARGET: Final = "target"
+APPLIED: Final = "applied"
+APPLYING: Final = "applying"
+STEP: Final = "step"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The generation that the ``remote`` half of the index describes.
+
+    :ivar record: digest of its record; "" where none is described.
+    :ivar root: its tree digest.
+    :ivar files, size: as its record says.
+    :ivar allowed: a person allowed the removal of everything at the publisher.
+    :ivar partial: the mirror's rules leave something of it out.
+    :ivar rules: fingerprint of these rules.
+    :ivar bucket: which bucket of that name it came from.
+    :ivar seq: sequence of the channel's metadata message last seen there.
+    :ivar highest, highest_record: the highest number ever seen, and its record.
+    """
+
+    number: int = 0
+    record: str = ""
+    root: str = ""
+    files: int = 0
+    size: int = 0
+    allowed: bool = False
+    partial: bool = False
+    rules: str = ""
+    bucket: str = ""
+    seq: int = 0
+    highest: int = 0
+    highest_record: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The generation that the mirror has.
+
+    :ivar number: 0 for none.
+    :ivar root: the generation's own tree digest; the mirror's differs where ``exact`` is not set.
+    :ivar exact: nothing of it is left out, held back or in trouble.
+    """
+
+    number: int = 0
+    record: str = ""
+    root: str = ""
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A generation that could not be had."""
+
+    record: str
+    error: SyncdError
+    tries: int
+    not_before: float
+
+
+class _Count:
+    """What a walk has met, against what the generation's record says: a forged tree ends early.
+
+    :ivar left_out: the mirror's rules leave something out.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._files = target.files
+        self._size = target.size
+        self._entries = MAX_ENTRIES
+        self.left_out = False
+
+    def add(self, entry: Entry) -> None:
+        """Count an entry.
+
+        :raises ObjectCorrupt: there are more than the record says.
+        """
+        self._entries -= 1
+        if entry.kind is not Kind.DIR:
+            self._files -= 1
+            self._size -= entry.size
+        if self._entries < 0 or self._files < 0 or self._size < 0:
+            raise ObjectCorrupt("the tree holds more than its generation's record says")
+
+
+class KeptNames:
+    """Staged content that outlives a restart: what is noted, and large files in the making that are still wanted."""
+
+    def __init__(self, tables: CheckoutTables) -> None:
+        self._tables = tables
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        part = PART_NAME.fullmatch(name)
+        return self._tables.is_announced(part[1]) if part is not None else self._tables.is_staged(name)
+
+
+class _NodeCache:
+    """The chunks of large nodes, kept in the index. Called from other threads than the folder's."""
+
+    def __init__(self, tables: CheckoutTables, thread: FolderThread) -> None:
+        self._tables = tables
+        self._thread = thread
+        self.used = False
+
+    def get(self, digests: Collection[str]) -> dict[str, bytes]:
+        self.used = True
+        return self._thread.call(lambda: self._tables.get_cached(digests))
+
+    def put(self, blobs: dict[str, bytes]) -> None:
+        self._thread.call(lambda: self._tables.put_cached(blobs))
+
+
+class Checkout:
+    """One bucket of generations. See :class:`syncd.upstream.Upstream`.
+
+    :ivar problems: why the newest generation cannot be had.
+    :ivar explicit: go to this generation, whatever the channel says; 0: to the channel's.
+    """
+
+    in_doubt = False
+    listing_wanted = False
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        channel: str,
+        index: Index,
+        mirror: Mirror,
+        rules: Rules,
+        thread: FolderThread,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bucket = bucket
+        self._channel = channel
+        self._index = index
+        self._mirror = mirror
+        self._rules = rules
+        self._thread = thread
+        self._now = now
+        self._log = log.bind(folder=bucket.name, role="subscribe")
+        self._tables = CheckoutTables(index)
+        self._gatherer = Gatherer(bucket, index, self._tables, mirror, thread)
+        self._refusal: _Refusal | None = None
+        self._looked_for = 0
+        self._target = _target(index.note(TARGET))
+        self.problems = ProblemBook(self._log, "generation_refused")
+        self.explicit = 0
+
+    # -- which generation ----------------------------------------------------------------------------------------------
+
+    async def catch_up(self, state: BucketState, *, full: bool, hinted: int) -> set[str] | None:
+        """See :meth:`Upstream.catch_up`.
+
+        :raises Unavailable: nothing is committed yet.
+        :raises ObjectCorrupt, ObjectGone: the generation cannot be read; the index is as it was.
+        """
+        self.problems.begin()
+        try:
+            commit = await self._resolve(state, min(hinted, state.last_seq))
+        except (ObjectCorrupt, ObjectGone) as error:
+            self.problems.note(Problem("", "bad_generation", error.message))
+            raise
+        touched: set[str] | None = set()
+        if commit is not None:
+            self._check_refused(commit)
+            touched = await self._go_to(commit, state)
+        return None if full else touched
+
+    async def _resolve(self, state: BucketState, hinted: int) -> Commit | None:
+        """Return where to go; ``None`` where what was read is older than what we saw before."""
+        reader = TreeReader(self._bucket)
+        if self.explicit:
+            commit = await reader.generation(self.explicit)
+            if commit is None:
+                raise ObjectGone(
+                    f"generation {self.explicit} of {self._bucket.name!r} does not exist (any more)",
+                    hint=f"see: syncd log {self._bucket.name}",
+                )
+            return commit
+        commit = await reader.channel(self._channel)
+        for wait in STALE_TRIES:
+            if commit is not None and commit.seq >= hinted:
+                break
+            await asyncio.sleep(wait)
+            commit = await reader.channel(self._channel)
+        if commit is None:
+            raise Unavailable(
+                f"channel {self._channel!r} of {self._bucket.name!r} points at no generation yet",
+                hint="its publisher has not committed any; the mirror stays as it is",
+            )
+        seen = self._target
+        if seen.bucket == state.created and state.last_seq >= seen.seq:
+            if commit.seq < seen.seq:
+                self._log.info("stale_read_ignored", seq=commit.seq, seen=seen.seq)
+                return None
+            if commit.generation.number < seen.number and commit.seq > seen.seq:
+                self._log.info("channel_moved_back", generation=commit.generation.number, before=seen.number)
+        elif seen.bucket:
+            self._log.warning("bucket_replaced", bucket=self._bucket.name)
+        return commit
+
+    async def overtaken(self, hinted: int) -> bool:
+        """Tell whether the channel has moved on since the last :meth:`catch_up`.
+
+        :param hinted: the highest sequence hinted since; without a new one nobody is asked.
+        """
+        if self.explicit or hinted <= max(self._looked_for, self._target.seq):
+            return False
+        self._looked_for = hinted
+        info = await self._bucket.get_info(CHANNELS + self._channel)
+        return info is not None and info.seq > self._target.seq
+
+    # -- what is refused -----------------------------------------------------------------------------------------------
+
+    def _check_refused(self, commit: Commit) -> None:
+        refusal = self._refusal
+        if refusal is None or refusal.record != commit.digest or self._now() >= refusal.not_before:
+            return
+        self.problems.note(Problem("", "bad_generation", refusal.error.message))
+        raise refusal.error
+
+    def _refuse(self, record: str, error: SyncdError, problem: Problem) -> None:
+        """Note that a generation cannot be had; the next try comes later and later."""
+        before = self._refusal
+        tries = before.tries + 1 if before is not None and before.record == record else 0
+        wait = min(MAX_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(tries, 10))
+        self._refusal = _Refusal(record, error, tries, self._now() + wait)
+        self.problems.note(problem)
+
+    # -- what it is made of --------------------------------------------------------------------------------------------
+
+    async def _go_to(self, commit: Commit, state: BucketState) -> set[str] | None:
+        """Make the ``remote`` half describe a generation."""
+        generation, seen = commit.generation, self._target
+        same_bucket = seen.bucket == state.created
+        target = Target(
+            number=generation.number,
+            record=commit.digest,
+            root=generation.root.tree,
+            files=generation.files,
+            size=generation.size,
+            allowed=generation.allowed,
+            partial=seen.partial,
+            rules=self._rules.fingerprint,
+            bucket=state.created,
+            seq=(seen.seq if same_bucket else 0) if self.explicit else commit.seq,
+            highest=seen.highest,
+            highest_record=seen.highest_record,
+        )
+        if generation.number >= seen.highest:
+            target = replace(target, highest=generation.number, highest_record=commit.digest)
+        if (target.record, target.rules) == (seen.record, seen.rules):
+            if target != seen:
+                await self._thread.run(lambda: self._keep_target(target))
+            return set()
+        if target.rules != seen.rules:
+            await self._thread.run(self._tables.forget_nodes)
+        try:
+            return await self._walk(generation.root, target)
+        except (ObjectCorrupt, ObjectGone) as error:
+            self._refuse(commit.digest, error, Problem("", "bad_tree", error.message))
+            raise
+
+    async def _walk(self, root: NodeRef, target: Target) -> set[str] | None:
+        cache = _NodeCache(self._tables, self._thread)
+        reader = TreeReader(self._bucket, cache)
+        await self._thread.run(lambda: self._tables.begin_walk(root))
+        count = _Count(target)
+        while dirs := await self._thread.run(lambda: self._tables.next_dirs(NODES_AT_ONCE, NODE_BYTES_AT_ONCE)):
+            nodes = await reader.nodes([ref for _, ref in dirs])
+            found = list(zip((path for path, _ in dirs), nodes, strict=True))
+            await self._thread.run(lambda found=found: self._take_nodes(found, count))  # type: ignore[misc]
+
+        def finish() -> set[str] | None:
+            with self._index.transaction():
+                step = int(self._index.note(STEP, "0")) + 1
+                touched = self._tables.finish_walk(self._bucket.name, "generation", step)
+                self._index.set_note(STEP, str(step))
+                partial = count.left_out or (target.partial and target.rules == self._target.rules)
+                self._keep_target(replace(target, partial=partial))
+            if cache.used:
+                self._tables.drop_unused_cached()
+            return touched
+
+        touched = await self._thread.run(finish)
+        crash_point("walked")
+        return touched
+
+    def _keep_target(self, target: Target) -> None:
+        self._index.set_note(TARGET, json.dumps(asdict(target)))
+        self._target = target
+
+    def _take_nodes(self, nodes: list[tuple[str, Node]], count: _Count) -> None:
+        for path, node in nodes:
+            rows: list[tuple[str, Entry, Location, bool]] = []
+            dirs: list[tuple[str, NodeRef]] = []
+            for row, ref in self._children(path, node, count):
+                rows.append(row)
+                if ref is not None:
+                    dirs.append((row[0], ref))
+                if len(rows) >= ROWS_AT_ONCE:
+                    self._tables.add_children(rows)
+                    self._tables.add_dirs(dirs)
+                    rows, dirs = [], []
+            self._tables.add_children(rows)
+            self._tables.add_dirs(dirs)
+
+    def _children(
+        self, path: str, node: Node, count: _Count
+    ) -> Iterator[tuple[tuple[str, Entry, Location, bool], NodeRef | None]]:
+        """Yield what takes part of a directory's children, and where to read those that are directories.
+
+        :raises ObjectCorrupt: a name that must not become a path, or more than the generation's record says.
+        """
+        prefix = f"{path}/" if path else ""
+        try:
+            for child in node.children():
+                name = check_path(prefix + child.name)
+                entry = child.entry
+                count.add(entry)
+                if entry.kind is Kind.DIR:
+                    takes = self._rules.takes(name, is_dir=True)
+                    if not takes:
+                        count.left_out = True
+                    if takes or self._rules.may_descend(name):
+                        below = NodeRef(child.tree, child.location, child.length)
+                        yield (name, entry, EMPTY_LOCATION, takes), below
+                elif self._rules.takes(name, is_dir=False):
+                    yield (name, entry, child.location, True), None
+                else:
+                    count.left_out = True
+        except BadName as error:
+            raise ObjectCorrupt(f"directory {printable(path) or '.'}: {error.message}") from error
+        except ObjectCorrupt as error:
+            raise ObjectCorrupt(f"directory {printable(path) or '.'}: {error.message}") from error
+
+    # -- removals ------------------------------------------------------------------------------------------------------
+
+    def refuses(self, path: str) -> bool:  # noqa: ARG002 - a generation is had whole or not at all
+        """See :class:`syncd.upstream.Upstream`."""
+        return False
+
+    def explains(self, path: str) -> bool:  # noqa: ARG002 - a generation says all that there is
+        """See :class:`syncd.upstream.Upstream`."""
+        return True
+
+    def allows(self, path: str) -> bool:  # noqa: ARG002
+        """See :class:`syncd.upstream.Upstream`."""
+        return self._target.allowed
+
+    def forget_removals(self) -> None:
+        """See :class:`syncd.upstream.Upstream`."""
+
+    # -- content and applying ------------------------------------------------------------------------------------------
+
+    async def gather(
+        self, pages: Pages, result: PullResult, meter: Meter, overtaken: Callable[[], Awaitable[bool]]
+    ) -> None:
+        """Stage all content of the generation; nothing in the mirror changes before.
+
+        :raises Overtaken: the channel has moved on.
+        :raises ObjectCorrupt, ObjectGone: some content cannot be had, so nothing is applied.
+        """
+        try:
+            await self._gatherer.gather(pages, result, meter, overtaken)
+        except Unfetchable as failed:
+            code = "content_gone" if isinstance(failed.error, ObjectGone) else "bad_content"
+            error = type(failed.error)(f"{printable(failed.path)}: {failed.error.message}")
+            self._refuse(self._target.record, error, Problem(failed.path, code, failed.error.message))
+            raise error from failed
+        crash_point("generation_staged")
+
+    async def fetch(self, rows: list[Row], result: PullResult, meter: Meter) -> dict[str, Fetch]:  # noqa: ARG002
+        """Return what :meth:`gather` staged for one batch."""
+        return await self._thread.run(lambda: self._gatherer.staged(rows))
+
+    def batch_ended(self) -> None:
+        """See :class:`syncd.upstream.Upstream`: what is staged for later batches stays."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a generation is applied in part: it has to be finished first. Blocking."""
+        return bool(self._index.note(APPLYING))
+
+    def begin(self) -> None:
+        """The layout changed: the ``remote`` half describes no generation of ours. Blocking."""
+        with self._index.transaction():
+            self._tables.forget_nodes()
+            self._keep_target(Target())
+
+    async def learn(self) -> None:
+        """See :meth:`Gatherer.learn`; what cannot be had now is tried after the next generation."""
+        try:
+            await self._gatherer.learn()
+        except (ObjectCorrupt, ObjectGone) as error:
+            self._log.info("chunks_not_learned", reason=error.message)
+
+    def begin_apply(self) -> None:
+        """From here on the generation is rolled forward. Blocking."""
+        if self._index.note(APPLYING) != str(self._target.number):
+            self._index.set_note(APPLYING, str(self._target.number))
+        crash_point("before_first_page")
+
+    def end_apply(self, *, complete: bool, exact: bool) -> Applied:
+        """Remember what the mirror has, and let go of what was staged. Blocking.
+
+        :param complete: ``False``: some content was not there; the next round stages it.
+        :raises DiskProblem: the disk refused.
+        """
+        target = self._target
+        applied = self.applied()
+        if complete:
+            crash_point("generation_applied")
+            applied = Applied(target.number, target.record, target.root, exact and not target.partial)
+        with self._index.transaction():
+            if complete and self.applied() != applied:
+                self._index.set_note(APPLIED, json.dumps(asdict(applied)))
+            if self._index.note(APPLYING):
+                self._index.set_note(APPLYING, "")
+        crash_point("remembered")
+        if complete:
+            self._refusal = None
+            self._gatherer.tidy()
+        return applied
+
+    def applied(self) -> Applied:
+        """Return which generation the mirror has. Blocking."""
+        try:
+            return Applied(**json.loads(self._index.note(APPLIED, "{}")))
+        except (ValueError, TypeError):
+            return Applied()
+
+    def keeps(self) -> KeptNames:
+        """Return the names of staged content that a start must not sweep."""
+        return KeptNames(self._tables)
+
+    def missing(self) -> bool:
+        """Tell whether staged content was not there when a batch needed it, and forget it."""
+        return self._gatherer.take_missing()
+
+
+def _target(note: str) -> Target:
+    """Read what :meth:`Checkout._keep_target` wrote; where it is damaged everything is read anew."""
+    try:
+        return Target(**json.loads(note)) if note else Target()
+    except (ValueError, TypeError):
+        return Target()

@@ -1,0 +1,531 @@
+"""The generations layout's way into the bucket: blobs first, then one atomic commit of the whole tree.
+
+Rules kept here (docs/architecture.md, docs/format.md):
+ * No generation is announced before every blob that it reaches is acknowledged by the server.
+ * The commit is one batch, fenced by the head that we last saw: of two publishers the second is told.
+ * The index remembers a generation only after its acknowledgement. A crash before the commit leaves blobs that the
+   next round finds in the bucket and does not send again; a crash after it, a head that the next catch-up reads back.
+ * A round that changes nothing makes no generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from syncd.build import Blob, Builder
+from syncd.crashpoints import crash_point
+from syncd.errors import FolderTaken, SafetyHalt, StoreFull, WriteConflict
+from syncd.index import LocalRow, RemoteRow
+from syncd.index.blobs import UNSETTLED, Blobs
+from syncd.model import Entry, Kind
+from syncd.nodes import NOTE_MAX, Generation, Node, NodeRef, Where, digest_of, encode_record
+from syncd.outlet import Claim, DeletionGuard, PublishOptions, PushResult, Wish
+from syncd.paths import printable
+from syncd.progress import Meter, Progress
+from syncd.relayout import GENERATION, drop_objects, is_blob
+from syncd.retention import Collected, Retention
+from syncd.store.base import CHANNELS, HEAD, BadMeta
+from syncd.store.codec import Codec
+from syncd.store.mapping import KIND, PUBLISHER
+from syncd.trees import Commit, TreeReader, number_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+
+    from syncd.index import Index
+    from syncd.service import FolderThread
+    from syncd.source import Source
+    from syncd.store.base import BlobSink, Bucket, BucketState, Store
+
+log = structlog.get_logger()
+
+BATCH_BLOBS: Final = 64
+BATCH_BYTES: Final = 2 * 1024 * 1024
+BATCHES_AHEAD: Final = 3
+WALK_AT_ONCE: Final = 64
+SOIL_AT_ONCE: Final = 500
+REMEMBER_AT_ONCE: Final = 1000
+LIST_SECONDS: Final = 3600.0
+"""How often the bucket's blobs are listed without any doubt."""
+RESERVE_BYTES: Final = 256 * 1024
+RESERVE_SHARE: Final = 16
+"""What blobs leave free of a limited bucket, at most this part of it: deletes need a commit, too."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a commit changes against the generation before; directories are not counted."""
+
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    size: int = 0
+
+    @property
+    def any(self) -> bool:
+        """Whether files change."""
+        return bool(self.added or self.changed or self.removed)
+
+
+class Committer:
+    """Commits the state of a source as generations; an :class:`syncd.outlet.Outlet`."""
+
+    def __init__(
+        self,
+        options: PublishOptions,
+        store: Store,
+        bucket: Bucket,
+        index: Index,
+        source: Source,
+        *,
+        thread: FolderThread,
+        clock: Callable[[], float],
+    ) -> None:
+        self._options = options
+        self._bucket = bucket
+        self._index = index
+        self._blobs = Blobs(index)
+        self._source = source
+        self._thread = thread
+        self._clock = clock
+        self._claim = Claim(options, store, bucket)
+        self._guard = DeletionGuard(options.max_delete_percent, clock)
+        self._reader = TreeReader(bucket)
+        self._codec = Codec(compress=options.compress)
+        self._retention = Retention(options, bucket, self._blobs, thread, clock)
+        self._log = log.bind(folder=options.folder, role="publish")
+        self._head: Commit | None = None
+        self._last_seq = 0
+        self._list_at = 0.0
+        self._room: int | None = None
+        self._heal = False
+
+    # -- the bucket ----------------------------------------------------------------------------------------------------
+
+    @property
+    def last_seq(self) -> int:
+        """See :class:`syncd.outlet.Outlet`."""
+        return self._last_seq
+
+    def wrote(self, *seqs: int) -> None:
+        """See :class:`syncd.outlet.Outlet`."""
+        self._last_seq = max((self._last_seq, *seqs))
+
+    def doubt(self) -> None:
+        """See :class:`syncd.outlet.Outlet`."""
+        self._list_at = 0.0
+
+    async def catch_up(self, wish: Wish) -> None:
+        """See :class:`syncd.outlet.Outlet`."""
+        state = await self._claim.hold(wish)
+        await self._thread.run(lambda: self._recognise(state))
+        head = await self._reader.channel(HEAD)
+        known = await self._thread.run(lambda: self._index.note("head"))
+        if head is None and known:
+            self._log.warning("head_lost", bucket=self._options.folder)
+            await self._thread.run(self._forget_head)
+        elif head is not None and head.digest != known:
+            await self._adopt(head)
+        self._head = head
+        if head is not None:
+            self.wrote(head.seq)
+        await self._learn_room(state)
+        if self._clock() >= self._list_at or await self._is_unsettled():
+            await self._list()
+
+    async def _is_unsettled(self) -> bool:
+        return bool(await self._thread.run(lambda: self._index.note(UNSETTLED)))
+
+    def _recognise(self, state: BucketState) -> None:
+        """Begin with an empty memory where the bucket is another one, or was restored from a backup."""
+        position = int(self._index.note("position", "0"))
+        if self._index.note("bucket") == state.created and position <= state.last_seq:
+            return
+        if self._index.note("bucket"):
+            self._log.warning("bucket_replaced", bucket=self._options.folder)
+        with self._index.transaction():
+            self._blobs.clear()
+            self._index.clear_remote()
+            self._index.set_note("head", "")
+            self._index.set_note("bucket", state.created)
+            self._index.set_note("position", "0")
+            self._index.set_note(UNSETTLED, "1")
+        self._last_seq = 0
+
+    def _forget_head(self) -> None:
+        with self._index.transaction():
+            self._index.clear_remote()
+            self._blobs.clear_nodes()
+            self._index.set_note("head", "")
+
+    async def _learn_room(self, state: BucketState) -> None:
+        self._room = None
+        if state.max_bytes is not None:
+            self._room = state.max_bytes - min(RESERVE_BYTES, state.max_bytes // RESERVE_SHARE) - state.size
+
+    async def _adopt(self, head: Commit) -> None:
+        """Read the newest generation into the index: ours of before the index was lost, or another publisher's."""
+        who = head.generation.publisher
+        if who != self._options.publisher:
+            if self._head is not None:
+                raise FolderTaken(
+                    f"another publisher ({printable(who)}) writes to folder {self._options.folder!r}",
+                    hint="stop one of the two, then restart this one",
+                )
+            self._log.warning("publisher_changed", before=who)
+        await self._thread.run(self._forget_head)
+        stack = [("", head.generation.root)]
+        while stack:
+            some = [stack.pop() for _ in range(min(WALK_AT_ONCE, len(stack)))]
+            nodes = await self._reader.nodes([ref for _, ref in some])
+            pairs = list(zip(some, nodes, strict=True))
+            stack.extend(await self._thread.run(partial(self._take_nodes, pairs, head)))
+        await self._thread.run(lambda: self._index.set_note("head", head.digest))
+        self._log.info("head_adopted", generation=head.generation.number)
+
+    def _take_nodes(self, pairs: Iterable[tuple[tuple[str, NodeRef], Node]], head: Commit) -> list[tuple[str, NodeRef]]:
+        below: list[tuple[str, NodeRef]] = []
+        with self._index.transaction():
+            for (path, ref), node in pairs:
+                rows: list[RemoteRow] = []
+                located = []
+                for child in node.children():
+                    where = f"{path}/{child.name}" if path else child.name
+                    rows.append(_remote(where, child.entry, self._options, head.generation.number))
+                    if child.entry.kind is Kind.DIR:
+                        below.append((where, NodeRef(child.tree, child.location, child.length)))
+                    elif child.location.where is not Where.EMPTY:
+                        located.append((child.entry.digest, child.location, child.entry.size))
+                self._index.put_remote(rows)
+                self._blobs.locate(located)
+                self._blobs.put_nodes([(path, ref)])
+        return below
+
+    async def _list(self) -> None:
+        """Learn which blobs the bucket has: after a crash, a failure, a reconnect, and now and then."""
+        await self._thread.run(self._blobs.begin_listing)
+        async for page in self._bucket.list_chunks():
+            names = [name for name in page if is_blob(name)]
+            await self._thread.run(partial(self._blobs.listed, names))
+
+        def finish() -> int:
+            lost = self._blobs.end_listing()
+            self._index.set_note(UNSETTLED, "")
+            return lost
+
+        lost = await self._thread.run(finish)
+        if lost:
+            self._log.warning("blobs_lost", blobs=lost)
+        self._heal = True  # cheap where nothing is missing, and it finds what earlier runs left
+        self._list_at = self._clock() + LIST_SECONDS
+
+    # -- publishing ----------------------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        touched: Collection[str] | None,
+        result: PushResult,
+        wish: Wish,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        """See :class:`syncd.outlet.Outlet`.
+
+        :raises SafetyHalt: the generation would delete too much; nothing is committed.
+        :raises WriteConflict: the head moved under us.
+        """
+        if await self._is_unsettled():
+            await self._list()
+        changes, size, allowed = await self._thread.run(lambda: self._judge(touched, wish))
+        heal, self._heal = self._heal, False
+        result.generation = self._head.generation.number if self._head is not None else 0
+        first = self._head is None
+        if not changes and not heal and not first:
+            return
+        builder = Builder(self._index, self._blobs, self._source, result)
+        meter = Meter(progress, changes, size)
+        try:
+            async with self._bucket.blob_sink() as sink:
+                await self._thread.run(lambda: self._index.set_note(UNSETTLED, "1"))
+                await self._send(self._build(builder, touched, heal=heal, first=first), sink, meter)
+                await sink.flush()
+                result.uploaded_bytes += sink.stored_bytes
+            crash_point("blobs_stored")
+            await self._thread.run(lambda: self._index.set_note(UNSETTLED, ""))
+            if builder.root is not None:
+                await self._commit(builder.root, touched, result, wish, allowed=allowed)
+        except BaseException:
+            self._heal = self._heal or heal
+            raise
+        if wish.change_layout:
+            dropped = await drop_objects(self._bucket)
+            self._log.info("layout_converted", layout="generations", objects=dropped)
+
+    def _judge(self, touched: Collection[str] | None, wish: Wish) -> tuple[int, int, bool]:
+        """Count what changes; hold a plan that deletes too much.
+
+        :returns: changed paths, bytes of changed content, whether a person allowed deletes that were held otherwise.
+        """
+        changes = size = deletes = 0
+        for _, local, remote in self._index.diff(touched):
+            changes += 1
+            if local is None:
+                deletes += 1
+            elif remote is None or not local.entry.same_content(remote.entry):
+                size += local.entry.size
+        reason = ""
+        if deletes or touched is None:
+            reason = self._guard.judge(deletes, self._index.count_remote())
+        if reason and not wish.allow_delete:
+            raise SafetyHalt(
+                f"folder {self._options.folder!r}: {reason}",
+                hint=f"if that is meant: syncd allow {self._options.folder}, or syncd push --allow-delete",
+            )
+        if reason:
+            self._guard.forget()
+        return changes, size, bool(reason)
+
+    def _build(self, builder: Builder, touched: Collection[str] | None, *, heal: bool, first: bool) -> Generator[Blob]:
+        """Read contents, then mark what is to be built and build it; nothing where nothing differs."""
+        if heal:
+            self._blobs.find_moved()
+        yield from builder.contents(touched, moved=heal)
+        self._blobs.begin_build()
+        dirty = False
+        page: list[str] = []
+        for path in chain((row[0] for row in self._index.diff(touched)), self._blobs.moved() if heal else ()):
+            dirty = True
+            page.append(path)
+            if len(page) >= SOIL_AT_ONCE:
+                self._blobs.soil(page)
+                page.clear()
+        if dirty or first:
+            self._blobs.soil(page)
+            yield from builder.nodes()
+
+    async def _send(self, blobs: Generator[Blob], sink: BlobSink, meter: Meter) -> None:
+        """Read, encode and send side by side, a few batches apart."""
+        queue: asyncio.Queue[list[tuple[Blob, bytes]] | None] = asyncio.Queue()
+        gate = asyncio.Semaphore(BATCHES_AHEAD)
+
+        async def read() -> None:
+            try:
+                while batch := await self._thread.run(lambda: _take(blobs)):
+                    queue.put_nowait(await asyncio.to_thread(self._encode, batch))
+                    await gate.acquire()
+            finally:
+                queue.put_nowait(None)
+
+        reading = asyncio.create_task(read())
+        sent = 0
+        try:
+            while (batch := await queue.get()) is not None:
+                gate.release()
+                for blob, payload in batch:
+                    sent += len(payload)
+                    self._check_room(sent)
+                    await sink.put(blob.digest, payload, replace=blob.replace)
+                    meter.add(len(blob.data))
+            await reading
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            await asyncio.shield(self._thread.run(blobs.close))
+
+    def _check_room(self, sent: int) -> None:
+        if self._room is not None and sent > self._room:
+            raise StoreFull(
+                f"bucket {self._options.folder!r} has no room for this generation",
+                hint="raise max_bytes of the bucket, keep fewer generations, or remove files",
+            )
+
+    def _encode(self, batch: list[Blob]) -> list[tuple[Blob, bytes]]:
+        return [(blob, self._codec.encode(blob.data)) for blob in batch]
+
+    # -- committing ----------------------------------------------------------------------------------------------------
+
+    async def _commit(
+        self, root: NodeRef, touched: Collection[str] | None, result: PushResult, wish: Wish, *, allowed: bool
+    ) -> None:
+        head = self._head
+        before = head.generation if head is not None else None
+        if before is not None and root == before.root:
+            await self._thread.run(lambda: self._remember(touched, None))
+            return
+        tally = await self._thread.run(lambda: self._tally(touched))
+        files = (before.files if before else 0) + tally.added - tally.removed
+        generation = Generation(
+            folder=self._options.folder,
+            number=(before.number if before is not None else await self._highest()) + 1,
+            root=root,
+            created=datetime.fromtimestamp(self._clock(), UTC).isoformat().replace("+00:00", "Z"),
+            publisher=self._options.publisher,
+            parent=head.digest if head is not None else "",
+            files=max(0, files),
+            size=max(0, (before.size if before else 0) + tally.size),
+            added=tally.added,
+            changed=tally.changed,
+            removed=tally.removed,
+            note=wish.note[:NOTE_MAX],
+            # Whoever was away meanwhile shall not ask again why everything is gone.
+            allowed=allowed or (before is not None and before.allowed and files <= 0),
+        )
+        record = encode_record(generation)
+        crash_point("before_commit")
+        try:
+            seq = await self._bucket.commit_generation(
+                generation.number,
+                record,
+                self._describe(generation),
+                channel=HEAD,
+                expected_seq=head.seq if head is not None else await self._absent_head(),
+            )
+        except WriteConflict as error:
+            await self._tell_conflict(error)
+            raise
+        crash_point("generation_committed")
+        self._head = Commit(generation, digest_of(record), seq)
+        self.wrote(seq)
+        await self._thread.run(lambda: self._remember(touched, self._head))
+        crash_point("generation_remembered")
+        result.generation, result.committed = generation.number, True
+        result.puts += tally.added + tally.changed
+        result.deletes += tally.removed
+        self._log.info(
+            "committed",
+            generation=generation.number,
+            root=root.tree[:16],
+            added=tally.added,
+            changed=tally.changed,
+            removed=tally.removed,
+        )
+
+    async def _highest(self) -> int:
+        """Return the highest number that was ever used, for a bucket that has lost its head: numbers only grow."""
+        highest = 0
+        async for page in self._bucket.changes(0):
+            for item in page.items:
+                if not isinstance(item, BadMeta):
+                    highest = max(highest, number_of(item.name))
+        return highest
+
+    async def _absent_head(self) -> int:
+        """Return the sequence to expect where there is no head: that of a tombstone, or of something else's object."""
+        info = await self._bucket.get_info(CHANNELS + HEAD)
+        return 0 if info is None else info.seq
+
+    async def _tell_conflict(self, error: WriteConflict) -> None:
+        """Find out who moved the head.
+
+        :raises FolderTaken: another publisher did.
+        """
+        head = await self._reader.channel(HEAD)
+        if head is not None and head.generation.publisher != self._options.publisher:
+            raise FolderTaken(
+                f"another publisher ({printable(head.generation.publisher)}) committed generation "
+                f"{head.generation.number} of folder {self._options.folder!r}",
+                hint="stop one of the two; nothing of yours is lost, the next push commits it",
+            ) from error
+
+    def _describe(self, generation: Generation) -> dict[str, str]:
+        """Return what the generation object's metadata repeats of the record, for listings."""
+        extra = {key: value for key, value in self._options.metadata.items() if not key.startswith("syncd-")}
+        return extra | {
+            KIND: GENERATION,
+            PUBLISHER: generation.publisher,
+            "syncd-number": str(generation.number),
+            "syncd-tree": generation.root.tree,
+            "syncd-created": generation.created,
+            "syncd-files": str(generation.files),
+            "syncd-bytes": str(generation.size),
+            "syncd-added": str(generation.added),
+            "syncd-changed": str(generation.changed),
+            "syncd-removed": str(generation.removed),
+            "syncd-note": generation.note,
+        }
+
+    def _committed(self, touched: Collection[str] | None) -> Iterator[tuple[str, LocalRow | None, RemoteRow | None]]:
+        """Yield the differences that the tree that was built has: not those whose content could not be had."""
+        for path, local, remote in self._index.diff(touched):
+            if local is not None and local.entry.kind is Kind.FILE:
+                entry = local.entry
+                if not entry.digest or (entry.size and self._blobs.location(entry.digest) is None):
+                    continue
+            yield path, local, remote
+
+    def _tally(self, touched: Collection[str] | None) -> _Tally:
+        tally = _Tally()
+        for _, local, remote in self._committed(touched):
+            new = local is not None and not _is_dir(local)
+            old = remote is not None and not _is_dir(remote)
+            tally.added += new and not old
+            tally.removed += old and not new
+            tally.changed += new and old
+            tally.size += (local.entry.size if local else 0) - (remote.entry.size if remote else 0)
+        return tally
+
+    def _remember(self, touched: Collection[str] | None, commit: Commit | None) -> None:
+        """The bucket has what was built: the remote half and the nodes say so."""
+        newest = commit or self._head
+        number = newest.generation.number if newest is not None else 0
+        rows: list[RemoteRow] = []
+        gone: list[str] = []
+        with self._index.transaction():
+            for path, local, remote in self._committed(touched):
+                if _is_dir(remote) and not _is_dir(local):
+                    self._blobs.drop_nodes([path])
+                if local is None:
+                    gone.append(path)
+                else:
+                    rows.append(_remote(path, local.entry, self._options, number))
+                    self._source.problems.clear(path)
+                if len(rows) + len(gone) >= REMEMBER_AT_ONCE:
+                    self._index.drop_remote(gone)
+                    self._index.put_remote(rows)
+                    rows, gone = [], []
+            self._index.drop_remote(gone)
+            self._index.put_remote(rows)
+            self._blobs.take_built()
+            if commit is not None:
+                self._index.set_note("head", commit.digest)
+                self._index.set_note("position", str(commit.seq))
+
+    # -- collection ----------------------------------------------------------------------------------------------------
+
+    async def tidy(self) -> None:
+        """See :class:`syncd.outlet.Outlet`."""
+        if self._head is not None and await self._retention.run():
+            self._heal = True
+
+    async def collect(self, *, dry_run: bool) -> Collected:
+        """Free what no kept generation reaches, now."""
+        await self._claim.hold(Wish())
+        if not dry_run:
+            await self.catch_up(Wish())
+        return await self._retention.collect(dry_run=dry_run)
+
+
+def _take(blobs: Iterator[Blob]) -> list[Blob]:
+    """Take the next few blobs."""
+    batch: list[Blob] = []
+    size = 0
+    for blob in blobs:
+        batch.append(blob)
+        size += len(blob.data)
+        if len(batch) >= BATCH_BLOBS or size >= BATCH_BYTES:
+            break
+    return batch
+
+
+def _is_dir(row: LocalRow | RemoteRow | None) -> bool:
+    return row is not None and row.entry.kind is Kind.DIR
+
+
+def _remote(path: str, entry: Entry, options: PublishOptions, number: int) -> RemoteRow:
+    return RemoteRow(path, entry, options.folder, path, "", 0, 0, number, options.publisher)

@@ -1,0 +1,192 @@
+"""What the command line shows: tables, progress bars, times and sizes in words.
+
+Rules kept here: names from disk or wire are escaped before they reach the terminal; a table that goes to a file or a
+pipe is wide, one on a terminal fits it.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from syncd.paths import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
+
+    from syncd.history import Summary
+    from syncd.progress import Progress as Step
+    from syncd.status import FolderStatus
+
+SHOWN_PROBLEMS = 20
+WIDE = 200
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def show_status(folders: list[FolderStatus], *, running: bool, clear: bool) -> None:
+    """Show this host's folders."""
+    console = _console()
+    if clear:
+        console.clear()
+    heads = ["folder", "role", "state", "last sync", "generation", "pending", "entries", "size", "problems", "path"]
+    rows = [
+        [
+            one.folder,
+            one.role,
+            one.state.value if running else "stopped",
+            ago(one.last_sync),
+            str(one.generation or "-"),
+            str(one.pending),
+            str(one.entries),
+            size(one.bytes),
+            str(one.problem_count),
+            one.path,
+        ]
+        for one in folders
+    ]
+    console.print("daemon is running" if running else "daemon is not running")
+    if folders:
+        console.print(_table(heads, rows))
+    for one in folders:
+        _show_folder_problems(console, one)
+
+
+def _show_folder_problems(console: Console, one: FolderStatus) -> None:
+    if one.error:
+        hint = f" ({one.hint})" if one.hint else ""
+        console.print(f"{escape(one.folder)} ({one.role}): {escape(printable(one.error + hint))}", soft_wrap=True)
+    for problem in one.problems[:SHOWN_PROBLEMS]:
+        text = f"{printable(problem.path)}: {problem.code}: {printable(problem.text)}"
+        console.print(f"  {escape(one.folder)}: {escape(text)}", soft_wrap=True)
+    if (more := one.problem_count - min(len(one.problems), SHOWN_PROBLEMS)) > 0:
+        console.print(f"  {escape(one.folder)}: and {more} more problems")
+
+
+def show_log(generations: Sequence[Summary]) -> None:
+    """Show generations as a table."""
+    console = _console()
+    heads = ["generation", "time", "files", "size", "changes", "channels", "publisher", "note"]
+    rows = [
+        [
+            str(one.number),
+            _second(one.created),
+            _count(one.files),
+            "-" if one.bytes is None else size(one.bytes),
+            f"+{_count(one.added)} ~{_count(one.changed)} -{_count(one.removed)}",
+            ", ".join(one.channels),
+            one.publisher,
+            one.note,
+        ]
+        for one in generations
+    ]
+    console.print(_table(heads, rows))
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    table = Table(*heads, box=None)
+    for row in rows:
+        table.add_row(*(escape(printable(text)) for text in row))
+    return table
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
+def _second(moment: str) -> str:
+    """Return an RFC 3339 time without the fraction of a second; what is none as it is."""
+    try:
+        return when(datetime.fromisoformat(moment).timestamp())
+    except (ValueError, OverflowError):
+        return moment
+
+
+# -- progress ------------------------------------------------------------------------------------------------------
+
+
+def progress(what: str, *, quiet: bool) -> AbstractContextManager[Callable[[Step], None] | None]:
+    """Return a progress bar on a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    return _Bar(what, console) if console.is_terminal and not quiet else _NoBar()
+
+
+class _NoBar:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class _Bar:
+    """One bar: bytes done of bytes in total, and files."""
+
+    def __init__(self, what: str, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[files]} files"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task(what, total=None, files="0")
+
+    def __enter__(self) -> Callable[[Step], None]:
+        self._bar.start()
+        return self._step
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _step(self, step: Step) -> None:
+        files = f"{step.files}/{step.total_files}"
+        self._bar.update(self._task, total=max(step.total_bytes, step.bytes), completed=step.bytes, files=files)
+
+
+# -- times and sizes -----------------------------------------------------------------------------------------------
+
+
+def when(seconds: float) -> str:
+    """Return a moment in UTC to the second; what no calendar has as a number."""
+    try:
+        moment = datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        return f"@{seconds:.0f}"
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def ago(moment: float | None) -> str:
+    """Return how long ago a wall clock time was."""
+    if moment is None:
+        return "never"
+    seconds = max(0, int(time.time() - moment))
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length}{unit} ago"
+    return f"{seconds}s ago"
+
+
+def size(count: float) -> str:
+    """Return bytes with a unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:  # noqa: PLR2004
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
