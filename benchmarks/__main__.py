@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import network, packages, report
-from benchmarks.cases import CASES, FULL, QUICK, Bench
+from benchmarks.cases import CASES, FULL, QUICK, Bench, Scale
 from benchmarks.figures import Figures
 from benchmarks.peers import PEERS
 from benchmarks.world import REPOSITORY, World, machine
@@ -57,6 +57,8 @@ def main() -> None:
         run = past
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that all that we started ends too
+        if past and (past["scale"], past["layout"]) != (as_json(scale(arguments)), arguments.layout):
+            raise SystemExit(f"{arguments.past} is of another scale or layout")
         run = measure(arguments)
         if past:
             run = merge(past, run, arguments.only)
@@ -68,10 +70,17 @@ def main() -> None:
         report.write(arguments.write, text, run)
 
 
+def scale(arguments: argparse.Namespace) -> Scale:
+    return QUICK if arguments.quick else FULL
+
+
+def as_json(it: Scale) -> dict:
+    return json.loads(json.dumps(asdict(it)))
+
+
 def measure(arguments: argparse.Namespace) -> dict:
     """Run the cases; returns what ``--json`` keeps."""
     names = arguments.only or list(CASES)
-    scale = QUICK if arguments.quick else FULL
     figures = Figures()
     peers = present(arguments.peers, figures)
     updates = fetch_updates(arguments.cache, figures) if "packages" in names else []
@@ -82,7 +91,9 @@ def measure(arguments: argparse.Namespace) -> dict:
         figures.note(f"Bytes on the wire are those of the machine's loopback, whoever sent them ({reason}).")
     with tempfile.TemporaryDirectory(prefix="syncd-bench-", dir=arguments.dir) as directory:
         about = machine(Path(directory))
-        bench = Bench(World(Path(directory), arguments.layout), scale, figures, peers, arguments.cache, updates)
+        bench = Bench(
+            World(Path(directory), arguments.layout), scale(arguments), figures, peers, arguments.cache, updates
+        )
         for name in names:
             begin = time.monotonic()
             print(f"{name} ...", file=sys.stderr, end=" ", flush=True)
@@ -92,7 +103,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "machine": about,
         "quick": arguments.quick,
         "layout": arguments.layout,
-        "scale": asdict(scale),
+        "scale": as_json(scale(arguments)),
         "notes": figures.notes,
         "values": figures.values,
     }
@@ -100,8 +111,6 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def merge(past: dict, new: dict, names: list[str]) -> dict:
     """Return an earlier run with some of its cases measured anew."""
-    if past["scale"] != new["scale"] or past["layout"] != new["layout"]:
-        raise SystemExit("--from and --only: the earlier run had another scale or layout")
     prefixes = tuple(prefix for name in names for prefix in PREFIXES.get(name, (name,)))
     kept = {name: values for name, values in past["values"].items() if not name.startswith(prefixes)}
     notes = list(dict.fromkeys([*past["notes"], *new["notes"], f"Measured anew later: {', '.join(names)}."]))

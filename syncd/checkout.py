@@ -21,7 +21,7 @@ import structlog
 
 from syncd.crashpoints import crash_point
 from syncd.errors import BadName, ObjectCorrupt, ObjectGone, SyncdError, Unavailable
-from syncd.gather import Gatherer, Unfetchable
+from syncd.gather import UNREADABLE, Gatherer, Unfetchable
 from syncd.index.checkout import CheckoutTables
 from syncd.mirror import PART_NAME
 from syncd.model import Kind, Problem
@@ -61,6 +61,10 @@ TARGET: Final = "target"
 APPLIED: Final = "applied"
 APPLYING: Final = "applying"
 STEP: Final = "step"
+
+
+class NoGeneration(Unavailable):
+    """The channel points at no generation yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +217,13 @@ class Checkout:
     async def catch_up(self, state: BucketState, *, full: bool, hinted: int) -> set[str] | None:
         """See :meth:`Upstream.catch_up`.
 
-        :raises Unavailable: nothing is committed yet.
-        :raises ObjectCorrupt, ObjectGone: the generation cannot be read; the index is as it was.
+        :raises NoGeneration: nothing is committed yet.
+        :raises ObjectCorrupt, ObjectGone, FormatTooNew: the generation cannot be read; the index is as it was.
         """
         self.problems.begin()
         try:
             commit = await self._resolve(state, min(hinted, state.last_seq))
-        except (ObjectCorrupt, ObjectGone) as error:
+        except UNREADABLE as error:
             self.problems.note(Problem("", "bad_generation", error.message))
             raise
         touched: set[str] | None = set()
@@ -246,7 +250,7 @@ class Checkout:
             await asyncio.sleep(wait)
             commit = await reader.channel(self._channel)
         if commit is None:
-            raise Unavailable(
+            raise NoGeneration(
                 f"channel {self._channel!r} of {self._bucket.name!r} points at no generation yet",
                 hint="its publisher has not committed any; the mirror stays as it is",
             )
@@ -319,7 +323,7 @@ class Checkout:
             await self._thread.run(self._tables.forget_nodes)
         try:
             return await self._walk(generation.root, target)
-        except (ObjectCorrupt, ObjectGone) as error:
+        except UNREADABLE as error:
             self._refuse(commit.digest, error, Problem("", "bad_tree", error.message))
             raise
 
@@ -421,13 +425,13 @@ class Checkout:
         """Stage all content of the generation; nothing in the mirror changes before.
 
         :raises Overtaken: the channel has moved on.
-        :raises ObjectCorrupt, ObjectGone: some content cannot be had, so nothing is applied.
+        :raises ObjectCorrupt, ObjectGone, FormatTooNew: some content cannot be had, so nothing is applied.
         """
         try:
             await self._gatherer.gather(pages, result, meter, overtaken)
         except Unfetchable as failed:
             code = "content_gone" if isinstance(failed.error, ObjectGone) else "bad_content"
-            error = type(failed.error)(f"{printable(failed.path)}: {failed.error.message}")
+            error = type(failed.error)(f"{printable(failed.path)}: {failed.error.message}", hint=failed.error.hint)
             self._refuse(self._target.record, error, Problem(failed.path, code, failed.error.message))
             raise error from failed
         crash_point("generation_staged")
@@ -454,7 +458,7 @@ class Checkout:
         """See :meth:`Gatherer.learn`; what cannot be had now is tried after the next generation."""
         try:
             await self._gatherer.learn()
-        except (ObjectCorrupt, ObjectGone) as error:
+        except UNREADABLE as error:
             self._log.info("chunks_not_learned", reason=error.message)
 
     def begin_apply(self) -> None:

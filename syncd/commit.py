@@ -121,6 +121,7 @@ class Committer:
     def doubt(self) -> None:
         """See :class:`syncd.outlet.Outlet`."""
         self._list_at = 0.0
+        self._retention.doubt()
 
     async def catch_up(self, wish: Wish) -> None:
         """See :class:`syncd.outlet.Outlet`."""
@@ -244,7 +245,8 @@ class Committer:
             await self._list()
         changes, size, allowed = await self._thread.run(lambda: self._judge(touched, wish))
         heal, self._heal = self._heal, False
-        result.generation = self._head.generation.number if self._head is not None else 0
+        if self._head is not None:
+            result.generation, result.root = self._head.generation.number, self._head.generation.root.tree
         first = self._head is None
         if not changes and not heal and not first:
             return
@@ -394,7 +396,7 @@ class Committer:
         self.wrote(seq)
         await self._thread.run(lambda: self._remember(touched, self._head))
         crash_point("generation_remembered")
-        result.generation, result.committed = generation.number, True
+        result.generation, result.root, result.committed = generation.number, root.tree, True
         result.puts += tally.added + tally.changed
         result.deletes += tally.removed
         self._log.info(

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from syncd.crashpoints import crash_point
-from syncd.errors import DiskProblem, FileChanged, ObjectCorrupt, ObjectGone, SyncdError
+from syncd.errors import DiskProblem, FileChanged, FormatTooNew, ObjectCorrupt, ObjectGone, SyncdError
 from syncd.index import LocalRow
 from syncd.index.checkout import ChunkPlace, Staged, Wanted, parse_location
 from syncd.model import Entry, Kind
@@ -59,13 +59,17 @@ ROOM: Final = 16 * 1024 * 1024
 """Bytes that must stay free."""
 
 
+UNREADABLE: Final = (ObjectCorrupt, ObjectGone, FormatTooNew)
+"""What is wrong with a generation, not with the way to it."""
+
+
 class Unfetchable(Exception):
     """A content cannot be had.
 
     :ivar path: a file that wants it.
     """
 
-    def __init__(self, path: str, error: ObjectGone | ObjectCorrupt) -> None:
+    def __init__(self, path: str, error: SyncdError) -> None:
         super().__init__(path)
         self.path = path
         self.error = error
@@ -199,8 +203,8 @@ class Gatherer:
         }
         staged = self._tables.staged(needed)
         here = self._tables.local_contents({remote.entry.digest for _, remote in needed.values()})
-        fresh = [path for path, (local, _) in needed.items() if local is None and path not in staged]
-        disks = dict(self._mirror.look_all(fresh))
+        unknown = (path for path, (local, _) in needed.items() if local is None or not local.entry.digest)
+        disks = dict(self._mirror.look_all(path for path in unknown if path not in staged))
         wanted: list[Wanted] = []
         adopted: list[LocalRow] = []
         done: list[tuple[str, Staged]] = []
@@ -245,7 +249,7 @@ class Gatherer:
         return None
 
     def _adopt(self, path: str, disk: Disk | None, want: Entry) -> LocalRow | None:
-        """Recognise by digest a file that is there already (lost state, or copied there by hand)."""
+        """Recognise by digest a file that is there already (lost state, another layout, copied there by hand)."""
         if disk is None or disk.kind is not Kind.FILE or disk.stat.size != want.size:
             return None
         try:
@@ -379,7 +383,7 @@ class Gatherer:
                         end = at + piece.length
                         yield _Slot(large, at, piece, last=end == file.entry.size)
                         at = end
-                except (ObjectCorrupt, ObjectGone) as error:
+                except UNREADABLE as error:
                     raise Unfetchable(file.path, error) from error
 
     async def _recipes(self, files: list[Wanted], tally: _Tally) -> TreeReader:
@@ -644,4 +648,4 @@ def _name_of(path: str, outcome: str | Exception) -> str:
 
 def _unfetchable(path: str, error: SyncdError) -> Exception:
     """Return what to raise for a blob that could not be had."""
-    return Unfetchable(path, error) if isinstance(error, ObjectGone | ObjectCorrupt) else error
+    return Unfetchable(path, error) if isinstance(error, UNREADABLE) else error

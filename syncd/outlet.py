@@ -68,6 +68,7 @@ class PushResult:
     :ivar conflict: somebody else wrote to the bucket: look at everything again.
     :ivar full: there was no room for some content.
     :ivar generation: the newest generation, 0 in the objects layout or where there is none.
+    :ivar root: its tree digest.
     :ivar committed: whether it was committed by this.
     """
 
@@ -80,6 +81,7 @@ class PushResult:
     conflict: bool = False
     full: StoreFull | None = None
     generation: int = 0
+    root: str = ""
     committed: bool = False
 
     def add(self, more: PushResult) -> None:
@@ -90,7 +92,7 @@ class PushResult:
         self.reused_bytes += more.reused_bytes
         self.again = more.again
         self.conflict = more.conflict
-        self.generation = more.generation
+        self.generation, self.root = more.generation, more.root
         self.committed = self.committed or more.committed
 
 

@@ -233,6 +233,8 @@ class Publisher:
 
     async def _finish_round(self, result: PushResult, agenda: Agenda) -> None:
         self._status.set_problems(await self._thread.run(self._problems))
+        if result.generation:
+            self._status.set(generation=result.generation, root=result.root)
         agenda.done(self._full_seconds)
         if result.conflict:
             agenda.full()

@@ -164,12 +164,8 @@ class _Bar:
 
 
 def when(seconds: float) -> str:
-    """Return a moment in UTC to the second; what no calendar has as a number."""
-    try:
-        moment = datetime.fromtimestamp(seconds, UTC)
-    except (ValueError, OverflowError, OSError):
-        return f"@{seconds:.0f}"
-    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+    """Return a moment in UTC to the second."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def ago(moment: float | None) -> str:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 COLLECT_SECONDS: Final = 3600.0
+BUSY_FACTOR: Final = 50
 WALK_AT_ONCE: Final = 64
 FREE_AT_ONCE: Final = 500
 FREED_SECONDS: Final = 3600.0
@@ -113,17 +114,28 @@ class Retention:
         self._clock = clock
         self._log = log.bind(folder=options.folder, role="publish")
         self._next = 0.0
+        self._clean: frozenset[int] = frozenset()
+        self._loose = 0
+
+    def doubt(self) -> None:
+        """Something failed: it may have left blobs that nothing reaches."""
+        self._clean = frozenset()
 
     async def run(self) -> bool:
-        """Collect when it is time to; tell whether packs are to be packed anew."""
+        """Collect when it is time to, and something can have become loose; tell whether packs are to be packed anew."""
         now = self._clock()
+        pause = min(COLLECT_SECONDS, max(1.0, self._options.grace_seconds))
         if not self._next:
-            self._next = now + min(COLLECT_SECONDS, max(1.0, self._options.grace_seconds))
+            self._next = now + pause
         if now < self._next:
             return False
+        self._next = now + pause
+        history = await self._history()
+        if frozenset(history.generations) == self._clean and not self._expired(history):
+            return False
         collected = await self.collect(dry_run=False)
-        # A first sight of garbage is followed by its removal after the grace time.
-        self._next = now + min(COLLECT_SECONDS, max(1.0, self._options.grace_seconds))
+        # A large tree takes some seconds, in which nothing is published: at most some percent of the time.
+        self._next = max(self._next, now + BUSY_FACTOR * (self._clock() - now))
         return bool(collected.repacked)
 
     async def collect(self, *, dry_run: bool) -> Collected:
@@ -150,6 +162,8 @@ class Retention:
             await self._bucket.remove_blobs(some)
             crash_point("blobs_freed")
         found.repacked = await self._thread.run(lambda: self._finish(now))
+        loose = self._loose - len(due)
+        self._clean = frozenset() if loose or gone else frozenset(history.generations)
         found.size_after = (await self._bucket.state()).size
         if found.freed_blobs or gone:
             self._log.info(
@@ -256,10 +270,12 @@ class Retention:
     async def _sweep(self, found: Collected, now: float, *, dry_run: bool) -> list[str]:
         """Return the blobs that may go now; those found unreached for the first time wait for the grace time."""
         due: list[str] = []
+        self._loose = 0
         async for page in self._bucket.list_chunks():
             names = [name for name in page if is_blob(name)]
             found.blobs += len(names)
             loose = await self._thread.run(partial(self._blobs.unreached, names))
+            self._loose += len(loose)
             if dry_run:
                 found.freed_blobs += len(loose)
                 continue

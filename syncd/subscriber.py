@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from syncd.agenda import Agenda
-from syncd.checkout import Checkout
+from syncd.checkout import Checkout, NoGeneration
 from syncd.concurrency import run_together
 from syncd.crashpoints import crash_point
 from syncd.drift import DriftCheck
-from syncd.errors import DiskProblem, ObjectCorrupt, ObjectGone, SafetyHalt, UsageError
+from syncd.errors import DiskProblem, FormatTooNew, ObjectCorrupt, ObjectGone, SafetyHalt, UsageError
 from syncd.index import Index, LocalRow, RemoteRow
 from syncd.mirror import Mirror
 from syncd.model import Kind, Problem
@@ -148,6 +148,7 @@ class Subscriber:
         self._log = log.bind(folder=options.folder, role="subscribe")
         self._failures: dict[str, _Failure] = {}
         self._hinted = 0
+        self._refused = False
         self._list_at = 0.0
         self._full_seconds = 0.0
 
@@ -244,6 +245,9 @@ class Subscriber:
             seq = await hints.wait(self._options.rescan_seconds)
             if seq == 0:
                 agenda.wake()
+            elif self._refused:
+                self._hinted = max(self._hinted, seq)
+                agenda.wake()  # what could not be had may be followed by what can
             else:
                 self._hinted = max(self._hinted, seq)
                 agenda.hint([""])
@@ -288,13 +292,18 @@ class Subscriber:
                     await self._thread.run(self._drift.check)
                     checked = True
                 await self._bring_up(None if full else touched, result, allow_delete=allow_delete, progress=progress)
+                self._refused = False
                 break
             except Overtaken:
                 self._log.info("generation_overtaken")
-            except (ObjectCorrupt, ObjectGone):
+            except (ObjectCorrupt, ObjectGone, FormatTooNew):
+                self._refused = True
                 self._status.set_problems(self._problems())
                 if not await self._is_overtaken():
                     raise
+            except NoGeneration:
+                self._refused = True
+                raise
         if full:
             self._list_at = started + LIST_SECONDS if listing else self._list_at
             self._full_seconds = time.monotonic() - started

@@ -99,12 +99,17 @@ class _Frame:
         self._pairs = _paired(_children(before), _children(after))
         self._ready: deque[_Pair] = deque()
 
-    def ahead(self) -> list[NodeRef]:
+    def ahead(self, enter: Callable[[str], bool]) -> list[NodeRef]:
         """Look ahead if there is nothing ready; return the directories to enter among what was found."""
         if self._ready:
             return []
         self._ready.extend(islice(self._pairs, LOOK_AHEAD))
-        return [ref for pair in self._ready for ref in _to_enter(pair) if ref is not None]
+        found: list[NodeRef] = []
+        for pair in self._ready:
+            refs = [ref for ref in _to_enter(pair) if ref is not None]
+            if refs and enter(self.prefix + _name(pair)):
+                found += refs
+        return found
 
     def next(self) -> _Pair | None:
         """Return the next pair of children, ``None`` at the end."""
@@ -130,15 +135,13 @@ async def differences(
     frames = [await _open(reader, "", before, after)]
     while frames:
         frame = frames[-1]
-        await _warm(reader, frame.ahead())
+        await _warm(reader, frame.ahead(enter))
         pair = frame.next()
         if pair is None:
             frames.pop()
             continue
         one, other = pair
-        child = other or one
-        assert child is not None
-        path = check_path(frame.prefix + child.name)
+        path = check_path(frame.prefix + _name(pair))
         if one is None or other is None or one.entry != other.entry:
             yield Change(path, one, other)
         old, new = _to_enter(pair)
@@ -165,6 +168,12 @@ async def _warm(reader: TreeReader, refs: list[NodeRef]) -> None:
     blobs = {ref.location.blob: ref for ref in refs if ref.location.where is not Where.RECIPE}
     if len(blobs) > 1:
         await reader.nodes(list(blobs.values())[:WARM_BLOBS])
+
+
+def _name(pair: _Pair) -> str:
+    child = pair[0] or pair[1]
+    assert child is not None
+    return child.name
 
 
 def _to_enter(pair: _Pair) -> tuple[NodeRef | None, NodeRef | None]:

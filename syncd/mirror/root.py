@@ -112,7 +112,7 @@ def lstat_at(dir_fd: int, name: str) -> os.stat_result | None:
 def hash_fd(fd: int, *, sha256: bool = False) -> tuple[str, str, int]:
     """Read a file from its beginning to its end; return (BLAKE3 hex, SHA-256 hex or "", bytes read)."""
     strong, standard, offset = blake3(), hashlib.sha256(), 0
-    buffer = bytearray(BLOCK)
+    buffer = bytearray(min(BLOCK, os.fstat(fd).st_size + 1))  # clearing a block takes longer than a small file
     view = memoryview(buffer)
     while count := os.preadv(fd, [buffer], offset):
         strong.update(view[:count])

@@ -267,7 +267,7 @@ class _Sink:
 
     async def put(self, digest: str, payload: bytes, *, replace: bool = False) -> None:
         subject = wire.blob_subject(self._stream.bucket, digest)
-        await self._check()
+        self._check()
         headers = ROLLUP if replace else {EXPECTED: "0"}
         out = await self._stream.transport.publish(subject, payload, headers, lane=self._stream.lane)
         self._flying[out.order] = out
@@ -277,7 +277,7 @@ class _Sink:
         while self._flying and self._error is None:
             self._moved.clear()
             await self._moved.wait()
-        await self._check()
+        self._check()
 
     def abandon(self) -> None:
         """Forget what is under way; it may still be stored."""
@@ -285,9 +285,8 @@ class _Sink:
             self._stream.transport.forget(out)
         self._flying.clear()
 
-    async def _check(self) -> None:
+    def _check(self) -> None:
         if self._error is not None:
-            self._error = await self._stream.explain(self._error)
             raise self._error
 
     def _land(self, out: Outgoing, replace: bool, acked: asyncio.Future[int]) -> None:  # noqa: FBT001 - a callback

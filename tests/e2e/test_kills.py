@@ -82,19 +82,23 @@ SUBSCRIBER_POINTS = [
     "stage_write", "stage_finished:3", "batch_staged", "before_journal", "journal_torn", "journal_durable",
     "after_each_step", "after_each_step:7", "before_dir_meta", "before_journal_removed", "done", "batch_applied",
 ]  # fmt: skip
+GENERATION_POINTS = [
+    "walked", "content_staged", "generation_staged", "before_first_page", "between_pages", "generation_applied",
+    "remembered",
+]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.fault("C1 C3")
 async def test_a_subscriber_killed_at_any_named_point_heals_at_its_next_start(
-    tmp_path: Path, daemons: Daemons, nats_server: NatsServer
+    layout: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer
 ) -> None:
     """What the kill leaves is old or new, path by path, never anything else; the next start completes it."""
     source, mirror = tmp_path / "source", tmp_path / "mirror"
     publisher = daemons.make("p", publish(source))
     subscriber = daemons.make("s", subscribe(mirror))
     source.mkdir()
-    for point in SUBSCRIBER_POINTS:
+    for point in SUBSCRIBER_POINTS + (GENERATION_POINTS if layout == "generations" else []):
         print(point)
         grow(source)
         publisher.process or publisher.start()
@@ -144,20 +148,26 @@ async def test_what_was_applied_and_not_remembered_is_still_known_as_ours(
     await healed(nats_server, source, mirror)
 
 
-PUBLISHER_POINTS = ["metas_stored", "content_stored", "content_stored:2", "tombstones_stored", "garbage_freed"]
+PUBLISHER_POINTS = {
+    "objects": ["metas_stored", "content_stored", "content_stored:2", "tombstones_stored", "garbage_freed"],
+    "generations": [
+        "blobs_stored", "before_commit", "generation_committed", "generation_remembered",
+        "generation_removed", "blobs_forgotten", "blobs_freed",
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.fault("C4")
 async def test_a_publisher_killed_at_any_named_point_heals_at_its_next_start(
-    tmp_path: Path, daemons: Daemons, nats_server: NatsServer
+    layout: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer
 ) -> None:
     """Whatever it had sent and not remembered is found again; nothing is lost and nothing is left over."""
     source, mirror = tmp_path / "source", tmp_path / "mirror"
     publisher = daemons.make("p", publish(source))
     daemons.start("s", subscribe(mirror))
     source.mkdir()
-    for point in PUBLISHER_POINTS:
+    for point in PUBLISHER_POINTS[layout]:
         print(point)
         grow(source)
         publisher.process or publisher.start()
@@ -174,7 +184,7 @@ async def test_a_publisher_killed_at_any_named_point_heals_at_its_next_start(
 
 @pytest.mark.fault("C4")
 async def test_a_publisher_killed_in_its_first_round_begins_where_it_was(
-    tmp_path: Path, daemons: Daemons, nats_server: NatsServer
+    layout: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer
 ) -> None:
     """Killed at every metadata write in turn, each start gets further; then the trees are equal."""
     source, mirror = tmp_path / "source", tmp_path / "mirror"
@@ -184,7 +194,7 @@ async def test_a_publisher_killed_in_its_first_round_begins_where_it_was(
     publisher = daemons.make("p", publish(source))
     daemons.start("s", subscribe(mirror))
     for _ in range(3):
-        publisher.start(**{ENV_CRASH_POINT: "metas_stored"})
+        publisher.start(**{ENV_CRASH_POINT: "metas_stored" if layout == "objects" else "before_commit"})
         await died(publisher)
     publisher.start()
     await healed(nats_server, source, mirror)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from syncd.crashpoints import ENV_CRASH_POINT
 from syncd.model import Entry, Kind
 from syncd.nodes import (
     BLOB_MAX,
@@ -26,14 +36,17 @@ from syncd.nodes import (
     identity,
     tree_digest,
 )
+from syncd.rules import Rules
+from syncd.status import FolderStatus, StatusKeeper
 from syncd.store.base import CHANNELS, HEAD, BucketSpec, Link
 from syncd.store.codec import Codec
+from syncd.store.memory import MemoryStore
+from syncd.subscriber import SubscribeOptions, Subscriber
 from syncd.trees import generation_name
 from tests.support.mirror import snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from syncd.store.base import Store
 
@@ -244,3 +257,44 @@ def found(root: Path) -> dict[str, tuple[Any, ...]]:
         path: (*what[:3], digest_of(what[3])) if what[0] == "file" else what  # type: ignore[arg-type]
         for path, what in snapshot(root).items()
     }
+
+
+async def _pull() -> None:
+    """As a process of its own: commit the pickled trees to a store in memory, and pull.
+
+    python -m tests.support.generations TREES MIRROR INDEX GENERATION
+    """
+    trees, mirror, index = (Path(argument) for argument in sys.argv[1:4])
+    store = MemoryStore()
+    publisher = Publisher(store)
+    for tree in pickle.loads(trees.read_bytes()):
+        await publisher.commit(tree)
+    status = StatusKeeper(FolderStatus("subscribe", "app", "/"), clock=time.time, report=lambda _: None)
+    subscriber = Subscriber(SubscribeOptions("app", mirror, Rules()), store, index, status=status)
+    result = await subscriber.pull(generation=int(sys.argv[4]))
+    print(json.dumps({"downloaded": result.downloaded_bytes, "root": result.root, "generation": result.generation}))
+
+
+def pull_apart(
+    trees: Path, mirror: Path, index: Path, *, crash: str = "", generation: int = 0
+) -> dict[str, Any] | None:
+    """Run a pull as a process of its own; ``None`` where it died at a crash point."""
+    command = [sys.executable, "-m", "tests.support.generations", str(trees), str(mirror), str(index), str(generation)]
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, ENV_CRASH_POINT: crash},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    if crash:
+        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+        return None
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    asyncio.run(_pull())

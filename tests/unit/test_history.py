@@ -13,7 +13,7 @@ import pytest
 
 from syncd import cli as command_line
 from syncd import oneshot
-from syncd.audit import TreeDigester, audit
+from syncd.audit import TreeDigester, Verdict, audit
 from syncd.checkout import APPLIED
 from syncd.errors import EXIT_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, UsageError
 from syncd.history import History
@@ -475,6 +475,41 @@ def test_verify_of_a_part_compares_what_takes_part(shell: Shell, tmp_path: Path)
     assert fine.extraneous == 0
     part = asyncio.run(verdict(Rules(exclude=("same/", "link"))))
     assert [(one.path, one.what) for one in part.deviations] == [("dir/two", "missing")]
+    assert part.extraneous == 0
+    (mirror / "link").symlink_to("dir/one")  # not ours to have put there
+    assert asyncio.run(verdict(Rules(exclude=("same/", "link")))).extraneous == 1
+
+
+def test_what_takes_no_part_is_not_read(shell: Shell, tmp_path: Path) -> None:
+    bucket_with(shell.store, {"a": {"f": b"1"}, "b": {"f": b"2"}, "c": {"f": b"3"}})
+    mirror = write_spec(tmp_path / "mirror", {"a": {"f": b"1"}, "c": {"f": b"3"}})
+
+    async def verdict() -> Verdict:
+        bucket = shell.store.bucket("app")
+        history = await History.open(bucket)
+        (excluded,) = [child async for path, child in history.entries() if path == "b"]
+        await bucket.remove_blobs([excluded.location.blob])
+        return await audit(bucket, mirror, Rules(exclude=("b/",)))
+
+    assert asyncio.run(verdict()).sound
+
+
+def test_a_fifo_is_no_file_and_not_counted(shell: Shell, tmp_path: Path) -> None:
+    bucket_with(shell.store, FIRST)
+    mirror = write_spec(tmp_path / "mirror", FIRST)
+    (mirror / "dir/one").unlink()
+    os.mkfifo(mirror / "dir/one")
+    os.mkfifo(mirror / "other")
+    os.utime(mirror / "dir", ns=(5, 5))
+    _, verdict = verified(shell, mirror)
+    assert [(one["path"], one["what"]) for one in verdict["deviations"]] == [("dir/one", "missing")]
+    assert verdict["extraneous"] == 0
+
+
+def test_another_tree_digest_is_never_sound() -> None:
+    """Whatever the comparison of the paths says: the digest is what counts."""
+    assert Verdict(generation=1, tree="a", found="a").sound
+    assert not Verdict(generation=1, tree="a", found="b").sound
 
 
 def test_rules_that_leave_nothing_out_do_not_hide_the_digest(shell: Shell, tmp_path: Path) -> None:
@@ -603,7 +638,7 @@ def test_the_index_says_which_generation_a_mirror_has(tmp_path: Path) -> None:
     assert applied() == 0
     assert not state.root.exists()
     state.prepare()
-    for folder, generation in (("other", 9), ("app", 4)):
+    for folder, generation in (("aaa", 9), ("app", 4)):
         status = FolderStatus("subscribe", folder, str(directory), generation=generation)
         state.write_status(f"{status.key}.json", status.to_json())
     assert applied() == 4
@@ -611,7 +646,7 @@ def test_the_index_says_which_generation_a_mirror_has(tmp_path: Path) -> None:
     assert applied() == 4
     index.close()
     assert applied() == 4
-    for note, expected in (('{"number": 7}', 7), ("{}", 4), ("no JSON", 4)):
+    for note, expected in (("{}", 4), ("no JSON", 4), ('{"number": 7}', 7)):
         index = Index(state.index_file("subscribe", "app", directory))
         index.set_note(APPLIED, note)
         index.close()

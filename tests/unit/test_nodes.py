@@ -466,6 +466,8 @@ RECORD_REFUSALS = [
     spoiled("an escaped surrogate", "web-1", "web-\\udc80"),
     # keys
     spoiled("a missing key", '"files":0,', ""),
+    spoiled("a missing text", '"note":"",', ""),
+    spoiled("a missing text of the root", f'"blob":"{PACK}",', ""),
     spoiled("an unknown key", '"files":0', '"files":0,"filez":0'),
     spoiled("an unknown key of the root", '"length":1234', '"length":1234,"lengths":1'),
     spoiled("a missing key of the root", ',"length":1234', ""),
@@ -483,17 +485,23 @@ RECORD_REFUSALS = [
     spoiled("a number as text", '"files":0', '"files":"0"'),
     spoiled("a number as a flag", '"allowed":false', '"allowed":0'),
     # the root
-    spoiled("an unknown place of the root", '"where":"pack"', '"where":"beside"'),
+    spoiled("an unknown place of the root", '"offset":77,"where":"pack"', '"offset":0,"where":"beside"'),
+    spoiled("no place of the root", '"offset":77,"where":"pack"', '"offset":0,"where":""'),
     spoiled("an offset in a blob", '"where":"pack"', '"where":"blob"'),
     spoiled("a root behind its pack", '"offset":77', '"offset":523055'),
     spoiled("a root of less than a header", '"length":1234', '"length":12'),
     spoiled("a root of more than a node", '"length":1234', '"length":67108865'),
     spoiled("a digest in capitals", PACK, PACK.upper()),
     spoiled("a digest of 63 digits", TREE, TREE[1:]),
+    spoiled("a digest of 65 digits", TREE, TREE + "0"),
     spoiled("no tree digest", TREE, ""),
     spoiled("a parent that is no digest", '"parent":""', '"parent":"x"'),
     # texts
     spoiled("a month 13", "2026-11-21", "2026-13-21"),
+    spoiled("a 29 February where there is none", "2026-11-21", "2026-02-29"),
+    spoiled("a day 0", "2026-11-21", "2026-11-00"),
+    spoiled("the year 0", "2026-11-21", "0000-11-21"),
+    spoiled("an hour 24", "T02:", "T24:"),
     spoiled("a time in a zone", "45.600984Z", "45.600984+00:00"),
     spoiled("ten decimals", "45.600984Z", "45.6009840000Z"),
     spoiled("a second 60", "45.600984Z", "60Z"),
@@ -573,7 +581,7 @@ def test_a_header_that_lies_is_refused_before_any_child(count: int, size: int, p
 
 @pytest.mark.parametrize(
     ("cut", "places"),
-    [(one()[:-1], bytes(50)), (link(b"t", length=2), bytes(50)), (one(), b"\1" + RAW[:-1])],
+    [(one()[:-1], bytes(50)), (link(b"t", length=2), b"x" * 50), (one(), b"\1" + RAW[:-1])],
     ids=["digest", "target", "location"],
 )
 def test_a_child_that_is_cut_off_is_not_even_yielded(cut: bytes, places: bytes) -> None:
