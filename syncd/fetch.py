@@ -47,7 +47,7 @@ class Fetcher:
             if local is not None and local.entry.same_content(remote.entry):
                 continue
             fetch = fetches[path] = Fetch(remote)
-            if local is None:
+            if local is None or not (local.entry.sha256 or remote.entry.digest):
                 fetch.in_place = self._adopt(path, remote.entry)
             if fetch.in_place is None:
                 fetch.staged = self._copy_from_mirror(remote.entry)
@@ -56,7 +56,7 @@ class Fetcher:
         return fetches
 
     def _adopt(self, path: str, want: Entry) -> LocalRow | None:
-        """Recognise by digest a file that is there already (lost state, or copied there by hand)."""
+        """Recognise by digest a file that is there already (lost state, another layout, copied there by hand)."""
         try:
             disk = self._mirror.look(path)
         except DiskProblem:

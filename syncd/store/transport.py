@@ -237,6 +237,8 @@ class Transport:
                 self._fail_pages(_ended())
                 if self._out:
                     await self._come_back()
+                else:  # wait_epoch() does not wait for an epoch that is there: let the pages' owners run
+                    await asyncio.sleep(TICK_SECONDS)
                 continue
             now = loop.time()
             for page in list(self._pages.values()):

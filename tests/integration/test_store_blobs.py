@@ -256,6 +256,25 @@ async def test_a_server_killed_under_a_reader_is_read_on(nats_server: NatsServer
     assert found == {digest_of(data): data for data in blobs}
 
 
+@pytest.mark.fault("N1")
+async def test_a_reader_that_a_new_connection_left_behind_asks_again(
+    nats_server: NatsServer, bucket: NatsBucket
+) -> None:
+    """Noticing that must not occupy the event loop, or its owner never hears of it."""
+    await store(bucket, b"x")
+    transport = bucket._transport
+    nats_server.freeze()
+    reading = asyncio.create_task(fetch(bucket, [digest_of(b"x")]))
+    async with asyncio.timeout(DEADLINE):
+        while not transport._pages:
+            await asyncio.sleep(0)
+        transport._client, transport._epoch = None, 0  # the connection was renewed, and nobody has looked yet
+        while transport._client is None:
+            await asyncio.sleep(0.01)
+        nats_server.thaw()
+        assert await reading == {digest_of(b"x"): b"x"}
+
+
 @pytest.mark.fault("N1 N4")
 async def test_a_server_that_stays_frozen_ends_every_call(
     nats_server: NatsServer, bucket: NatsBucket, monkeypatch: pytest.MonkeyPatch
