@@ -106,6 +106,7 @@ class Committer:
         self._list_at = 0.0
         self._room: int | None = None
         self._heal = False
+        self._healed = False
 
     # -- the bucket ----------------------------------------------------------------------------------------------------
 
@@ -295,8 +296,7 @@ class Committer:
 
     def _build(self, builder: Builder, touched: Collection[str] | None, *, heal: bool, first: bool) -> Generator[Blob]:
         """Read contents, then mark what is to be built and build it; nothing where nothing differs."""
-        if heal:
-            self._blobs.find_moved()
+        self._healed = heal and self._blobs.find_moved() > 0
         yield from builder.contents(touched, moved=heal)
         self._blobs.begin_build()
         dirty = False
@@ -357,7 +357,9 @@ class Committer:
     ) -> None:
         head = self._head
         before = head.generation if head is not None else None
-        if before is not None and root == before.root:
+        if (
+            before is not None and root == before.root and not self._healed
+        ):  # whoever missed a blob is told to look again
             await self._thread.run(lambda: self._remember(touched, None))
             return
         tally = await self._thread.run(lambda: self._tally(touched))

@@ -55,7 +55,7 @@ WINDOW_ASSEMBLIES: Final = 64
 RECIPES_AT_ONCE: Final = 32
 SOURCES_OPEN: Final = 16
 UNLEARNED_AT_ONCE: Final = 64
-ROOM: Final = 16 * 1024 * 1024
+ROOM: Final = 256 * 1024
 """Bytes that must stay free."""
 
 
@@ -288,7 +288,7 @@ class Gatherer:
         needed, free = self._tables.wanted_bytes(), self._mirror.free_bytes()
         if needed + ROOM > free and needed + ROOM > free + self._mirror.part_bytes():
             raise DiskProblem(
-                f"the generation needs {needed} bytes, {free} are free",
+                f"no space for the generation: it needs {needed} bytes, {free} are free",
                 hint="free some space; the work goes on by itself then",
             )
 

@@ -151,10 +151,12 @@ class Retention:
         found.generations_kept = len(history.generations) - len(gone)
         await self._mark([info for number, info in history.generations.items() if number not in gone])
         now = self._clock()
-        due = await self._sweep(found, now, dry_run=dry_run)
+        due, stray = await self._sweep(found, history, now, dry_run=dry_run)
         if dry_run:
             return found
         await self._forget(history, gone)
+        for nuid in stray:
+            await self._bucket.remove_chunks(nuid)
         for start in range(0, len(due), FREE_AT_ONCE):
             some = due[start : start + FREE_AT_ONCE]
             await self._thread.run(partial(self._blobs.free, some, now))
@@ -163,7 +165,7 @@ class Retention:
             crash_point("blobs_freed")
         found.repacked = await self._thread.run(lambda: self._finish(now))
         loose = self._loose - len(due)
-        self._clean = frozenset() if loose or gone else frozenset(history.generations)
+        self._clean = frozenset() if loose or gone or stray else frozenset(history.generations)
         found.size_after = (await self._bucket.state()).size
         if found.freed_blobs or gone:
             self._log.info(
@@ -178,11 +180,12 @@ class Retention:
     # -- generations -------------------------------------------------------------------------------------------------
 
     async def _history(self) -> _History:
-        history = _History({}, set())
+        history = _History({}, set(), set())
         async for page in self._bucket.changes(0):
             for item in page.items:
                 if isinstance(item, BadMeta) or item.deleted:
                     continue
+                history.nuids.add(item.nuid)
                 if not is_history(item):
                     continue
                 if item.name.startswith(CHANNELS) and item.link is not None:
@@ -267,12 +270,19 @@ class Retention:
 
     # -- sweep -------------------------------------------------------------------------------------------------------
 
-    async def _sweep(self, found: Collected, now: float, *, dry_run: bool) -> list[str]:
-        """Return the blobs that may go now; those found unreached for the first time wait for the grace time."""
+    async def _sweep(
+        self, found: Collected, history: _History, now: float, *, dry_run: bool
+    ) -> tuple[list[str], list[str]]:
+        """Return the blobs that may go now, and nuids of ours that no object names: records of removed generations.
+
+        Blobs that are found unreached for the first time wait for the grace time.
+        """
         due: list[str] = []
+        stray: list[str] = []
         self._loose = 0
         async for page in self._bucket.list_chunks():
             names = [name for name in page if is_blob(name)]
+            stray += [name for name in page if name.startswith(NUID_PREFIX) and name not in history.nuids]
             found.blobs += len(names)
             loose = await self._thread.run(partial(self._blobs.unreached, names))
             self._loose += len(loose)
@@ -282,7 +292,7 @@ class Retention:
             since = await self._thread.run(partial(self._blobs.since, loose, now))
             due += [name for name in loose if now - since[name] >= self._options.grace_seconds]
         found.freed_blobs += len(due)
-        return due
+        return due, stray
 
     def _finish(self, now: float) -> int:
         """Tidy the index, and choose sparse packs to be packed anew."""
@@ -303,10 +313,12 @@ class _History:
     """What a bucket's metadata says.
 
     :ivar held: numbers that channels point at.
+    :ivar nuids: of all objects.
     """
 
     generations: dict[int, ObjectInfo]
     held: set[int]
+    nuids: set[str]
 
 
 def _created(info: ObjectInfo) -> float:

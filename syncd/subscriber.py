@@ -327,6 +327,7 @@ class Subscriber:
                 if layout == "objects":
                     await self._thread.run(self._objects.begin)
                 await self._thread.run(self._checkout.begin)
+                self._status.set(generation=0, root="", exact=False)
                 self._list_at = 0.0
             if before != layout:
                 await self._thread.run(lambda: self._index.set_note(LAYOUT, layout))

@@ -209,12 +209,16 @@ class Blobs:
             ),
         )
 
-    def find_moved(self) -> None:
-        """Find what the bucket does not have (any more) of what is committed: contents of source files, and nodes."""
+    def find_moved(self) -> int:
+        """Find what the bucket does not have (any more) of what is committed: contents of source files, and nodes.
+
+        :returns: how many.
+        """
         with self._db.transaction():
             self._db.run("DELETE FROM temp.moved")
             self._db.run(_LOST_CONTENTS)
             self._db.run(_LOST_NODES)
+            return self._db.count("SELECT count(*) FROM temp.moved")
 
     def moved(self) -> Iterator[str]:
         """Yield the paths that :meth:`find_moved` found: files, and something in each directory without a node."""
