@@ -24,7 +24,7 @@ ALLOW_POLL_SECONDS = 0.5
 class Agenda:
     """What is due, and when.
 
-    :param settle: seconds a hinted path must be quiet before it is due.
+    :ivar settle: seconds a hinted path must be quiet before it is due.
     :param rescan: seconds after which a full round is due without any hint.
     :param allowed: while halted: did a person allow the plan meanwhile?
     """
@@ -37,7 +37,7 @@ class Agenda:
         allowed: Callable[[], bool] = lambda: False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settle = settle
+        self.settle = settle
         self._rescan = rescan
         self._allowed = allowed
         self._now = now
@@ -63,7 +63,7 @@ class Agenda:
 
     def full(self) -> None:
         """Something may have changed anywhere."""
-        self._full_at = min(self._full_at, self._now() + self._settle)
+        self._full_at = min(self._full_at, self._now() + self.settle)
         self._wake.set()
 
     # -- what became of a round ----------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class Agenda:
         now = self._now()
         for path in paths:
             tries = self._tries[path] = self._tries.get(path, 0) + 1
-            self._not_before[path] = now + min(MAX_PATH_WAIT, max(self._settle, 0.02) * 2 ** min(tries, 10))
+            self._not_before[path] = now + min(MAX_PATH_WAIT, max(self.settle, 0.02) * 2 ** min(tries, 10))
             self._hints.setdefault(path, (now, now))
 
     def failed(self, wait: float) -> None:
@@ -153,5 +153,5 @@ class Agenda:
 
     def _ready_at(self, path: str) -> float:
         first, last = self._hints[path]
-        settled = min(last + self._settle, first + self._settle * STARVATION_FACTOR)
+        settled = min(last + self.settle, first + self.settle * STARVATION_FACTOR)
         return max(settled, self._not_before.get(path, 0.0))

@@ -22,11 +22,11 @@ import structlog
 from syncd.crashpoints import crash_point
 from syncd.errors import BadName, ObjectCorrupt, ObjectGone, SyncdError, Unavailable
 from syncd.gather import UNREADABLE, Gatherer, Unfetchable
-from syncd.index.checkout import CheckoutTables
+from syncd.index.checkout import CheckoutTables, Walked, place_text
 from syncd.mirror import PART_NAME
 from syncd.model import Kind, Problem
-from syncd.nodes import EMPTY_LOCATION, NodeRef
-from syncd.paths import check_path, printable
+from syncd.nodes import Location, NodeRef
+from syncd.paths import MAX_PATH_BYTES, check_path, printable
 from syncd.problems import ProblemBook
 from syncd.store.base import CHANNELS
 from syncd.trees import TreeReader
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
     from syncd.index import Index
     from syncd.mirror import Mirror
-    from syncd.model import Entry
-    from syncd.nodes import Location, Node
+    from syncd.nodes import Node
     from syncd.progress import Meter
     from syncd.rules import Rules
     from syncd.service import FolderThread
@@ -49,7 +48,7 @@ log = structlog.get_logger()
 
 NODES_AT_ONCE: Final = 64
 NODE_BYTES_AT_ONCE: Final = 8 * 1024 * 1024
-ROWS_AT_ONCE: Final = 1000
+_DIR = Kind.DIR
 MAX_ENTRIES: Final = 20_000_000
 """Entries of one walk: a forged tree may name one directory a thousand times on every level."""
 FIRST_RETRY_SECONDS: Final = 30.0
@@ -133,15 +132,15 @@ class _Count:
         self._entries = MAX_ENTRIES
         self.left_out = False
 
-    def add(self, entry: Entry) -> None:
+    def add(self, files: int, size: int) -> None:
         """Count an entry.
 
+        :param files: 0 for a directory, 1 for anything else.
         :raises ObjectCorrupt: there are more than the record says.
         """
         self._entries -= 1
-        if entry.kind is not Kind.DIR:
-            self._files -= 1
-            self._size -= entry.size
+        self._files -= files
+        self._size -= size
         if self._entries < 0 or self._files < 0 or self._size < 0:
             raise ObjectCorrupt("the tree holds more than its generation's record says")
 
@@ -357,47 +356,37 @@ class Checkout:
         self._target = target
 
     def _take_nodes(self, nodes: list[tuple[str, Node]], count: _Count) -> None:
-        for path, node in nodes:
-            rows: list[tuple[str, Entry, Location, bool]] = []
-            dirs: list[tuple[str, NodeRef]] = []
-            for row, ref in self._children(path, node, count):
-                rows.append(row)
-                if ref is not None:
-                    dirs.append((row[0], ref))
-                if len(rows) >= ROWS_AT_ONCE:
-                    self._tables.add_children(rows)
-                    self._tables.add_dirs(dirs)
-                    rows, dirs = [], []
-            self._tables.add_children(rows)
-            self._tables.add_dirs(dirs)
+        with self._index.transaction():
+            for path, node in nodes:
+                self._tables.add_directory(path, self._children(path, node, count))
 
-    def _children(
-        self, path: str, node: Node, count: _Count
-    ) -> Iterator[tuple[tuple[str, Entry, Location, bool], NodeRef | None]]:
-        """Yield what takes part of a directory's children, and where to read those that are directories.
+    def _children(self, path: str, node: Node, count: _Count) -> Iterator[Walked]:
+        """Yield what takes part of a directory's children, and what must be descended into.
 
         :raises ObjectCorrupt: a name that must not become a path, or more than the generation's record says.
         """
         prefix = f"{path}/" if path else ""
+        room = MAX_PATH_BYTES - len(prefix.encode())
+        rules = self._rules
         try:
-            for child in node.children():
-                name = check_path(prefix + child.name)
-                entry = child.entry
-                count.add(entry)
-                if entry.kind is Kind.DIR:
-                    takes = self._rules.takes(name, is_dir=True)
-                    if not takes:
-                        count.left_out = True
-                    if takes or self._rules.may_descend(name):
-                        below = NodeRef(child.tree, child.location, child.length)
-                        yield (name, entry, EMPTY_LOCATION, takes), below
-                elif self._rules.takes(name, is_dir=False):
-                    yield (name, entry, child.location, True), None
+            for name, kind, mode, mtime_ns, size, digest, target, where, blob, offset, length in node.rows():
+                full = prefix + name
+                if not path or len(name) * 4 > room:  # the node has checked the name by itself
+                    check_path(full)
+                if kind is _DIR:
+                    count.add(0, 0)
+                    takes = rules.takes(full, is_dir=True)
+                    count.left_out = count.left_out or not takes
+                    if takes or rules.may_descend(full):
+                        below = NodeRef(digest, Location(where, blob, offset), length)
+                        yield Walked(name, kind, mode, mtime_ns, 0, "", "", "", below, takes)
+                    continue
+                count.add(1, size)
+                if rules.takes(full, is_dir=False):
+                    yield Walked(name, kind, mode, mtime_ns, size, digest, target, place_text(where, blob, offset))
                 else:
                     count.left_out = True
-        except BadName as error:
-            raise ObjectCorrupt(f"directory {printable(path) or '.'}: {error.message}") from error
-        except ObjectCorrupt as error:
+        except (BadName, ObjectCorrupt) as error:
             raise ObjectCorrupt(f"directory {printable(path) or '.'}: {error.message}") from error
 
     # -- removals ------------------------------------------------------------------------------------------------------

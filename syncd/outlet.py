@@ -50,7 +50,7 @@ class PublishOptions:
     layout: Layout = "generations"
     bucket: BucketSpec = field(default_factory=BucketSpec)
     symlinks: Literal["inside", "all", "skip"] = "inside"
-    settle_seconds: float = 0.05
+    settle_seconds: float = 0.02
     rescan_seconds: float = 60.0
     max_delete_percent: float = 50.0
     grace_seconds: float = 600.0

@@ -449,7 +449,7 @@ class PublishSettings(_Model):
     compression: Literal["auto", "off"] = "auto"
     include: _Patterns = ()
     exclude: _Patterns = (".git/", "*.swp")
-    settle_ms: _SettleMs = 50
+    settle_ms: _SettleMs = 20
     rescan_seconds: _RescanSeconds = 60.0
     keep_generations: Annotated[_Int, Field(ge=0, le=1_000_000)] = 50
     keep_days: Annotated[_Float, Field(ge=0, le=36_500)] = 30.0

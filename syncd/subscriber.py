@@ -250,6 +250,8 @@ class Subscriber:
                 agenda.wake()  # what could not be had may be followed by what can
             else:
                 self._hinted = max(self._hinted, seq)
+                # What belongs together is committed together there: nothing to wait for.
+                agenda.settle = 0.0 if self._layout == "generations" else self._options.settle_seconds
                 agenda.hint([""])
 
     async def _finish_round(self, result: PullResult, agenda: Agenda) -> None:

@@ -30,13 +30,15 @@ MAX_TOUCHED: Final = 50_000
 _KINDS: Final = (Kind.FILE, Kind.DIR, Kind.SYMLINK)
 _NUMBER_OF: Final = {kind: number for number, kind in enumerate(_KINDS)}
 _LETTERS: Final = {Where.EMPTY: "", Where.BLOB: "b", Where.RECIPE: "r", Where.PACK: "p"}
+_IN_PACK, _EMPTY = Where.PACK, Where.EMPTY
+_DIR: Final = 1
 _WHERES: Final = {letter: where for where, letter in _LETTERS.items()}
 _WORDS_OF_PACK: Final = 3
 
 _TEMP = """
 CREATE TEMP TABLE IF NOT EXISTS fresh(
   key BLOB PRIMARY KEY, kind INTEGER, mode INTEGER, mtime INTEGER, size INTEGER, digest, target TEXT, nuid TEXT,
-  takes INTEGER) WITHOUT ROWID;
+  touches INTEGER) WITHOUT ROWID;
 CREATE TEMP TABLE IF NOT EXISTS todo(
   key BLOB PRIMARY KEY, tree BLOB, place INTEGER, blob BLOB, at INTEGER, length INTEGER) WITHOUT ROWID;
 CREATE TEMP TABLE IF NOT EXISTS walked(
@@ -47,17 +49,13 @@ CREATE TEMP TABLE IF NOT EXISTS wanted(
   place INTEGER, blob BLOB, at INTEGER, key BLOB, size INTEGER, digest BLOB, mode INTEGER, mtime INTEGER,
   PRIMARY KEY(place, blob, at, key)) WITHOUT ROWID;
 """
-_CHANGED = """(r.kind <> f.kind OR r.mode <> f.mode OR r.mtime <> f.mtime OR r.size <> f.size OR r.digest <> f.digest
-  OR r.target <> f.target)"""
-
-_TAKE_OVER = f"""INSERT OR REPLACE INTO remote
-SELECT f.key, f.kind, f.mode, f.mtime, f.size, f.digest, '', f.target, ?, '', f.nuid, 0, 0, ?, ?, ''
-FROM temp.fresh f LEFT JOIN remote r ON r.key = f.key
-WHERE f.takes AND (r.key IS NULL OR {_CHANGED} OR r.nuid <> f.nuid)"""  # noqa: S608
-_TOUCHED = f"""
+_TAKE_OVER = """INSERT OR REPLACE INTO remote
+SELECT key, kind, mode, mtime, size, digest, '', target, ?, '', nuid, 0, 0, ?, ?, '' FROM temp.fresh"""
+_TOUCHED = """
 SELECT remote.key FROM temp.gone JOIN remote ON remote.key >= gone.first AND remote.key < gone.last
-UNION ALL SELECT f.key FROM temp.fresh f LEFT JOIN remote r ON r.key = f.key
-WHERE CASE WHEN r.key IS NULL THEN f.takes ELSE NOT f.takes OR {_CHANGED} END LIMIT ?"""  # noqa: S608
+UNION ALL SELECT key FROM temp.fresh WHERE touches LIMIT ?"""
+_KNOWN = """SELECT key, kind, mode, mtime, size, digest, target, nuid FROM remote
+WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"""
 _WANTED = f"""SELECT * FROM temp.wanted WHERE (place, blob, at, key) > (?, ?, ?, ?) AND (place = 2) = ?
 ORDER BY place, blob, at, key LIMIT {PAGE}"""  # noqa: S608
 _CONTENTS = """SELECT digest, min(key) FROM local
@@ -66,10 +64,14 @@ WHERE digest IN (%s) AND kind = 0 AND problem = '' GROUP BY digest"""
 
 def location_text(location: Location) -> str:
     """Write a location as the ``nuid`` of a remote row: "" (no bytes), ``b:<hex>``, ``r:<hex>`` or ``p:<hex>:<at>``."""
-    if location.where is Where.EMPTY:
-        return ""
-    text = f"{_LETTERS[location.where]}:{location.blob}"
-    return f"{text}:{location.offset}" if location.where is Where.PACK else text
+    return place_text(*location)
+
+
+def place_text(where: Where, blob: str, offset: int) -> str:
+    """Do what :func:`location_text` does, given the parts of a location."""
+    if where is _IN_PACK:
+        return f"p:{blob}:{offset}"
+    return "" if where is _EMPTY else f"{_LETTERS[where]}:{blob}"
 
 
 def parse_location(text: str) -> Location:
@@ -100,6 +102,27 @@ class Wanted(NamedTuple):
     location: Location
 
 
+class Walked(NamedTuple):
+    """One child of a directory that was read.
+
+    :ivar digest: of a file's content, else "".
+    :ivar place: where a file's content is, as :func:`location_text` writes it.
+    :ivar node: of a directory that is to be descended into.
+    :ivar takes: whether it takes part by itself.
+    """
+
+    name: str
+    kind: Kind
+    mode: int
+    mtime_ns: int
+    size: int
+    digest: str
+    target: str
+    place: str
+    node: NodeRef | None = None
+    takes: bool = True
+
+
 class ChunkPlace(NamedTuple):
     """Where a chunk was seen: at an offset of a content."""
 
@@ -114,19 +137,19 @@ class CheckoutTables:
 
     def __init__(self, db: Database) -> None:
         self._db = db
+        self._knows = False
         for statement in _TEMP.split(";"):
             if statement.strip():
                 db.rows(statement)
 
     # -- a walk ------------------------------------------------------------------------------------------------------
 
-    def begin_walk(self, root: NodeRef) -> bool:
-        """Begin a walk at the root; return whether the ``remote`` half describes any generation yet."""
+    def begin_walk(self, root: NodeRef) -> None:
+        """Begin a walk at the root; where the ``remote`` half describes no generation, everything is new."""
+        self._knows = self._db.row("SELECT 1 FROM node WHERE key = x''") is not None
         with self._db.transaction():
-            for table in ("fresh", "todo", "walked", "gone"):
-                self._db.rows(f"DELETE FROM temp.{table}")  # noqa: S608
-            self._put_nodes("temp.todo", [("", root)])
-        return self._db.row("SELECT 1 FROM node WHERE key = x''") is not None
+            self._clear_walk()
+            self._put_nodes("temp.todo", [(b"", root)])
 
     def next_dirs(self, limit: int, max_bytes: int) -> list[tuple[str, NodeRef]]:
         """Take the next directories to be read, in component order.
@@ -145,41 +168,80 @@ class CheckoutTables:
             self._db.many("INSERT INTO temp.walked VALUES (?, ?, ?, ?, ?, ?)", rows)
         return [(from_sort_key(row[0]), _ref(row)) for row in rows]
 
-    def add_children(self, rows: Iterable[tuple[str, Entry, Location, bool]]) -> None:
-        """Note what a directory holds.
+    def add_directory(self, path: str, children: Iterable[Walked]) -> None:
+        """Compare a directory that was read with what the ``remote`` half has of it; queue what is to be read next.
 
-        :param rows: path, entry, location, and whether the path takes part.
+        :param children: all of them, sorted by the bytes of their names.
         """
-        self._db.many(
-            "INSERT INTO temp.fresh VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                (
-                    sort_key(path),
-                    _NUMBER_OF[entry.kind],
-                    entry.mode,
-                    entry.mtime_ns,
-                    entry.size,
-                    bytes.fromhex(entry.digest) if entry.digest else "",
-                    entry.target,
-                    location_text(location),
-                    takes,
-                )
-                for path, entry, location, takes in rows
-            ),
-        )
+        prefix = sort_key(path) + b"\0" if path else b""
+        known = self._known_children(prefix) if self._knows else iter(())
+        here = next(known, None)
+        fresh: list[Row] = []
+        dirs: list[tuple[bytes, NodeRef]] = []
+        gone: list[Row] = []
+        for child in children:
+            key = prefix + child.name.encode()
+            while here is not None and here[0] < key:
+                gone.append((here[0], here[0] + b"\x01"))
+                here = next(known, None)
+            before: Row | None = None
+            if here is not None and here[0] == key:
+                before, here = here, next(known, None)
+            kind = _NUMBER_OF[child.kind]
+            digest = bytes.fromhex(child.digest) if child.digest else ""
+            row = (key, kind, child.mode, child.mtime_ns, child.size, digest, child.target, child.place)
+            if child.takes and row != before:
+                fresh.append((*row, before is None or row[:-1] != before[:-1]))
+            if before is not None and kind != _DIR:
+                gone.append((key + b"\0", key + b"\x01"))  # in case it was a directory: what was below it
+            if child.node is not None:
+                dirs.append((key, child.node))
+            if len(fresh) + len(dirs) + len(gone) >= PAGE:
+                self._add(fresh, dirs, gone)
+        while here is not None:
+            gone.append((here[0], here[0] + b"\x01"))
+            here = next(known, None)
+        self._add(fresh, dirs, gone)
 
-    def add_dirs(self, dirs: Iterable[tuple[str, NodeRef]]) -> None:
-        """Queue those of the directories that are not as the ``remote`` half describes them."""
+    def _known_children(self, prefix: bytes) -> Iterator[Row]:
+        """Yield the rows of a directory's direct children; of those that only have something below them, the key."""
+        end = prefix[:-1] + b"\x01" if prefix else FOREVER
+        start, last, limit = prefix, None, 2
+        while True:
+            page = self._db.rows(_KNOWN, (start, end, limit))
+            for row in page:
+                deeper = row[0].find(b"\0", len(prefix))
+                if deeper < 0:
+                    yield row
+                    last = row[0]
+                    continue
+                child = row[0][:deeper]
+                if child != last:
+                    yield (child,)
+                    last = child
+                start, limit = child + b"\x01", 2  # jump over the rest of its subtree
+                break
+            else:
+                if len(page) < limit:
+                    return
+                start, limit = page[-1][0] + b"\0", min(PAGE, limit * 4)
+
+    def _add(self, fresh: list[Row], dirs: list[tuple[bytes, NodeRef]], gone: list[Row]) -> None:
+        """Write down what :meth:`add_directory` found, and empty its lists."""
+        self._db.many("INSERT INTO temp.fresh VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", fresh)
+        self._db.many("INSERT OR IGNORE INTO temp.gone VALUES (?, ?)", gone)
         for some in chunks(dirs):
-            values = {sort_key(path): ref for path, ref in some}
+            values = dict(some)
             marks = ", ".join("?" * len(values))
-            known = self._db.rows(f"SELECT * FROM node WHERE key IN ({marks})", values)  # noqa: S608
-            for row in known:
-                if _ref(row) == values[row[0]]:
-                    del values[row[0]]
-            self._put_nodes("temp.todo", [(from_sort_key(key), ref) for key, ref in values.items()])
+            if self._knows:
+                for row in self._db.rows(f"SELECT * FROM node WHERE key IN ({marks})", values):  # noqa: S608
+                    if _ref(row) == values[row[0]]:
+                        del values[row[0]]
+            self._put_nodes("temp.todo", values.items())
+        for one in (fresh, dirs, gone):
+            one.clear()
 
-    def _put_nodes(self, table: str, dirs: Iterable[tuple[str, NodeRef]]) -> None:
+    def _put_nodes(self, table: str, dirs: Iterable[tuple[bytes, NodeRef]]) -> None:
         self._db.many(f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?)", (_node_values(*one) for one in dirs))  # noqa: S608
 
     def finish_walk(self, bucket: str, publisher: str, step: int) -> set[str] | None:
@@ -189,82 +251,27 @@ class CheckoutTables:
         """
         db = self._db
         with db.transaction():
-            first = db.row("SELECT 1 FROM node WHERE key = x''") is None
             touched: set[str] | None = None
-            if first:
-                db.rows("DELETE FROM remote")
-                db.rows("DELETE FROM node")
-            else:
-                self._find_gone()
-                touched = self._touched()
+            if self._knows:
+                rows = db.rows(_TOUCHED, (MAX_TOUCHED + 1,))
+                touched = {from_sort_key(row[0]) for row in rows} if len(rows) <= MAX_TOUCHED else None
                 for table in ("remote", "node"):
                     db.rows(
                         f"DELETE FROM {table} WHERE key IN (SELECT {table}.key FROM temp.gone "  # noqa: S608
                         f"JOIN {table} ON {table}.key >= gone.first AND {table}.key < gone.last)"
                     )
-                db.rows("DELETE FROM remote WHERE key IN (SELECT key FROM temp.fresh WHERE NOT takes)")
+                db.rows("DELETE FROM node WHERE key IN (SELECT key FROM temp.fresh WHERE kind <> 1)")
+            else:
+                db.rows("DELETE FROM remote")
+                db.rows("DELETE FROM node")
             db.rows(_TAKE_OVER, (bucket, step, publisher))
             db.rows("INSERT OR REPLACE INTO node SELECT * FROM temp.walked")
+            self._clear_walk()
         return touched
 
-    def _find_gone(self) -> None:
-        """Collect the ranges of keys that the walk found empty."""
-        after = b""
-        compare = ">="
-        while page := self._db.rows(
-            f"SELECT key FROM temp.walked WHERE key {compare} ? ORDER BY key LIMIT {PAGE}",  # noqa: S608
-            (after,),
-        ):
-            for (key,) in page:
-                ranges = ((child, child + b"\x01") for child in self._vanished(key))
-                self._db.many("INSERT OR IGNORE INTO temp.gone VALUES (?, ?)", ranges)
-            after, compare = page[-1][0], ">"
-        # What was a directory and is none any more stays itself, without what was below it.
-        self._db.rows(
-            "INSERT OR IGNORE INTO temp.gone SELECT CAST(f.key || x'00' AS BLOB), CAST(f.key || x'01' AS BLOB) "
-            "FROM temp.fresh f "
-            "JOIN node ON node.key = f.key WHERE f.kind <> 1"
-        )
-        self._db.rows(
-            "DELETE FROM node WHERE key IN (SELECT f.key FROM temp.fresh f JOIN node n ON n.key = f.key "
-            "WHERE f.kind <> 1)"
-        )
-
-    def _vanished(self, key: bytes) -> Iterator[bytes]:
-        """Yield the children of a walked directory that were there before and are not now."""
-        now = self._children("temp.fresh", key)
-        here = next(now, None)
-        for before in self._children("remote", key):
-            while here is not None and here < before:
-                here = next(now, None)
-            if here != before:
-                yield before
-
-    def _children(self, table: str, key: bytes) -> Iterator[bytes]:
-        """Yield the keys of a directory's direct children, also of those that only have something below them."""
-        prefix = key + b"\0" if key else b""
-        end = prefix[:-1] + b"\x01" if key else FOREVER
-        sql = f"SELECT key FROM {table} WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"  # noqa: S608
-        start, last, limit = prefix, None, 2
-        while True:
-            page = self._db.rows(sql, (start, end, limit))
-            for (found,) in page:
-                deeper = found.find(b"\0", len(prefix))
-                child = found if deeper < 0 else found[:deeper]
-                if child != last:
-                    yield child
-                    last = child
-                if deeper >= 0:  # jump over the rest of this child's subtree
-                    start, limit = child + b"\x01", 2
-                    break
-            else:
-                if len(page) < limit:
-                    return
-                start, limit = page[-1][0] + b"\0", min(PAGE, limit * 4)
-
-    def _touched(self) -> set[str] | None:
-        rows = self._db.rows(_TOUCHED, (MAX_TOUCHED + 1,))
-        return {from_sort_key(row[0]) for row in rows} if len(rows) <= MAX_TOUCHED else None
+    def _clear_walk(self) -> None:
+        for table in ("fresh", "todo", "walked", "gone"):
+            self._db.rows(f"DELETE FROM temp.{table}")  # noqa: S608
 
     def forget_nodes(self) -> None:
         """Let the next walk read everything."""
@@ -452,10 +459,10 @@ class CheckoutTables:
                 used.add(bytes.fromhex(piece.digest))
 
 
-def _node_values(path: str, ref: NodeRef) -> Row:
+def _node_values(key: bytes, ref: NodeRef) -> Row:
     location = ref.location
     return (
-        sort_key(path),
+        key,
         bytes.fromhex(ref.tree),
         int(location.where),
         bytes.fromhex(location.blob),

@@ -16,8 +16,9 @@ ZSTD: Final = b"\1"
 LEVEL: Final = 3
 WORTH: Final = 0.95
 """A blob that keeps more than this share of its size is sent as it is."""
+MISSES: Final = 4
 SAMPLE_EVERY: Final = 16
-"""While blobs do not compress, every so many is tried."""
+"""Once so many blobs in a row did not compress, every so many is tried: a large file is of one kind."""
 
 _local = threading.local()
 
@@ -30,6 +31,7 @@ class Codec:
 
     def __init__(self, *, compress: bool = True) -> None:
         self._compress = compress
+        self._misses = 0
         self._skip = 0
 
     def encode(self, data: bytes | memoryview) -> bytes:
@@ -37,8 +39,11 @@ class Codec:
         if self._compress and self._skip == 0:
             packed = _compressor().compress(data)
             if len(packed) < WORTH * len(data):
+                self._misses = 0
                 return ZSTD + packed
-            self._skip = SAMPLE_EVERY
+            self._misses += 1
+            self._skip = SAMPLE_EVERY if self._misses >= MISSES else 0
+            return b"".join((RAW, data))
         self._skip = max(0, self._skip - 1)
         return b"".join((RAW, data))
 

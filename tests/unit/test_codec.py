@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from syncd import errors
 from syncd.errors import ObjectCorrupt, ObjectGone
 from syncd.nodes import BLOB_MAX, digest_of
-from syncd.store.codec import RAW, SAMPLE_EVERY, ZSTD, Codec, decode
+from syncd.store.codec import MISSES, RAW, SAMPLE_EVERY, ZSTD, Codec, decode
 
 VECTORS = Path(__file__).parents[2] / "tests/vectors/blobs.json"
 TEXT = b"the same line again and again\n" * 100
@@ -147,12 +147,16 @@ def test_a_raw_blob_that_is_too_large_is_refused() -> None:
 
 
 def test_what_compresses_is_compressed_and_the_rest_is_not() -> None:
-    """Noise is sent as it is, and while noise comes only every so many blobs are tried."""
+    """Noise is sent as it is; only after some in a row are blobs sent untried, and every so many is tried again."""
     codec = Codec()
     assert codec.encode(TEXT)[:1] == ZSTD
-    assert codec.encode(NOISE) == RAW + NOISE
-    tried = [codec.encode(TEXT)[:1] for _ in range(SAMPLE_EVERY)]
-    assert tried == [RAW] * (SAMPLE_EVERY - 1) + [ZSTD]
+    for _ in range(MISSES - 1):
+        assert codec.encode(NOISE) == RAW + NOISE
+    assert codec.encode(TEXT)[:1] == ZSTD
+    for _ in range(MISSES):
+        assert codec.encode(NOISE) == RAW + NOISE
+    tried = [codec.encode(TEXT)[:1] for _ in range(SAMPLE_EVERY + 1)]
+    assert tried == [RAW] * SAMPLE_EVERY + [ZSTD]
     assert codec.encode(TEXT)[:1] == ZSTD
 
 
