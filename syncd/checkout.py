@@ -207,6 +207,7 @@ class Checkout:
         self._gatherer = Gatherer(bucket, index, self._tables, mirror, thread)
         self._refusal: _Refusal | None = None
         self._looked_for = 0
+        self._learned = ""
         self._target = _target(index.note(TARGET))
         self.problems = ProblemBook(self._log, "generation_refused")
         self.explicit = 0
@@ -445,6 +446,9 @@ class Checkout:
 
     async def learn(self) -> None:
         """See :meth:`Gatherer.learn`; what cannot be had now is tried after the next generation."""
+        if self._learned == self._target.record:
+            return
+        self._learned = self._target.record
         try:
             await self._gatherer.learn()
         except UNREADABLE as error:

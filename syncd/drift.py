@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import structlog
@@ -14,6 +15,8 @@ from syncd.model import Entry, Kind, Problem, Stat
 from syncd.problems import ProblemBook
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from syncd.index import Index
     from syncd.mirror import Disk, Mirror
     from syncd.plan import MirrorPlan
@@ -22,6 +25,15 @@ log = structlog.get_logger()
 
 DriftPolicy = Literal["repair", "report", "keep"]
 IN_FLIGHT = "in_flight"
+PAGE = 1000
+"""Paths looked at together."""
+
+
+class _Unseen:
+    """The disk did not tell."""
+
+
+_UNSEEN = _Unseen()
 
 
 class DriftCheck:
@@ -84,11 +96,11 @@ class DriftCheck:
         """Compare the mirror's files with the index by their stat fields, and what differs by content."""
         self.problems.begin()
         held, self.held = self.held, {}
-        for row in self._index.iter_local():
+        for row, seen in self._looked():
             if self.stopping:
                 return
             try:
-                disk = self._mirror.look(row.path)
+                disk = self._mirror.look(row.path) if isinstance(seen, _Unseen) else seen
             except DiskProblem as error:  # below a directory that we may not search: unknown, not gone
                 self.problems.note(Problem(row.path, "unreadable", error.message))
                 self.held[row.path] = None
@@ -100,6 +112,14 @@ class DriftCheck:
                 self._report_drift(row.path, again=True)
                 continue
             self._recheck(row, disk)
+
+    def _looked(self) -> Iterator[tuple[LocalRow, Disk | _Unseen | None]]:
+        """Yield what the index has with what is there, a page at a time: paths in order are looked at much faster."""
+        rows = self._index.iter_local()
+        while page := list(islice(rows, PAGE)):
+            seen = dict(self._mirror.look_all(row.path for row in page))
+            for row in page:
+                yield row, seen.get(row.path, _UNSEEN)
 
     def _recheck(self, row: LocalRow, disk: Disk | None) -> None:
         """Read a path whose stat fields changed, and decide whether that is drift."""

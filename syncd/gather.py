@@ -54,6 +54,8 @@ WINDOW_ASSEMBLIES: Final = 64
 """Large files that are open at once."""
 RECIPES_AT_ONCE: Final = 32
 SOURCES_OPEN: Final = 16
+SPARE_PARTS: Final = 2
+"""Half-made large files of generations that were overtaken: sources for the next one."""
 UNLEARNED_AT_ONCE: Final = 64
 ROOM: Final = 256 * 1024
 """Bytes that must stay free."""
@@ -158,7 +160,7 @@ class Gatherer:
         self._mirror = mirror
         self._thread = thread
         self._missing = False
-        self._staged_any = True  # by an earlier run, until the first tidying up
+        self._staged_any = self._large_any = True  # by an earlier run, until the first tidying up
 
     async def gather(
         self, pages: Pages, result: PullResult, meter: Meter, overtaken: Callable[[], Awaitable[bool]]
@@ -342,6 +344,7 @@ class Gatherer:
 
     async def _fetch_large(self, tally: _Tally) -> None:
         """Put large files together from chunks: what is on disk anywhere first, the rest from the bucket."""
+        await self._thread.run(lambda: self._mirror.sweep_parts(self._tables.is_announced, SPARE_PARTS))
         window: list[_Slot] = []
         size = 0
         open_files: dict[str, _Large] = {}
@@ -477,7 +480,7 @@ class Gatherer:
                 raise Unfetchable(file.path, error) from error
             staged = Staged(name, digest, self._mirror.run)
             await self._thread.run(lambda file=file, staged=staged: self._tables.put_staged([(file.path, staged)]))  # type: ignore[misc]
-            self._staged_any = True
+            self._staged_any = self._large_any = True
             open_files.pop(digest).assembly.close()
             tally.meter.done(0)
 
@@ -527,8 +530,10 @@ class Gatherer:
             return
         self._tables.clear_staged()
         self._mirror.discard_staged()
-        self._tables.drop_lost_chunks()
         self._staged_any = False
+        if self._large_any:
+            self._tables.drop_lost_chunks()
+            self._large_any = False
 
     # -- chunks of the mirror's files ----------------------------------------------------------------------------------
 

@@ -255,6 +255,10 @@ class TreeReader:
             await asyncio.to_thread(keep.put, fetched)
         return found | fetched
 
+    def kept(self, digest: str) -> bytes | None:
+        """Return a pack that is at hand, because a node was read from it a moment ago."""
+        return self._kept.get(digest)
+
     async def _fetch(self, digests: Collection[str]) -> None:
         missing = [digest for digest in digests if digest not in self._kept]
         if missing:

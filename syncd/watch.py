@@ -178,7 +178,7 @@ class PathWatcher:
     :ivar mode: "starting" | "events" | "polling" | "down".
     """
 
-    def __init__(self, root: Path, *, step_ms: int = 10, on_mode: Callable[[str, str], None]) -> None:
+    def __init__(self, root: Path, *, step_ms: int = 2, on_mode: Callable[[str, str], None]) -> None:
         self.mode = "starting"
         self._root = root
         self._step_ms = step_ms

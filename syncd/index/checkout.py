@@ -32,6 +32,8 @@ _NUMBER_OF: Final = {kind: number for number, kind in enumerate(_KINDS)}
 _LETTERS: Final = {Where.EMPTY: "", Where.BLOB: "b", Where.RECIPE: "r", Where.PACK: "p"}
 _IN_PACK, _EMPTY = Where.PACK, Where.EMPTY
 _DIR: Final = 1
+_WAS_DIR: Final = ((_DIR,), ())
+"""The kind of a directory's row, and of one that does not take part itself."""
 _WHERES: Final = {letter: where for where, letter in _LETTERS.items()}
 _WORDS_OF_PACK: Final = 3
 
@@ -54,8 +56,16 @@ SELECT key, kind, mode, mtime, size, digest, '', target, ?, '', nuid, 0, 0, ?, ?
 _TOUCHED = """
 SELECT remote.key FROM temp.gone JOIN remote ON remote.key >= gone.first AND remote.key < gone.last
 UNION ALL SELECT key FROM temp.fresh WHERE touches LIMIT ?"""
-_KNOWN = """SELECT key, kind, mode, mtime, size, digest, target, nuid FROM remote
-WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"""
+# From each child one seek leads to the next: behind whatever is below it. ?3 is where names begin, counted from 1.
+_NAME = "CASE instr(substr(key, ?3), x'00') WHEN 0 THEN key ELSE substr(key, 1, ?3 - 2 + instr(substr(key, ?3), x'00')) END"
+_KNOWN = f"""
+WITH RECURSIVE child(key) AS (
+  SELECT (SELECT {_NAME} FROM remote WHERE key >= ?1 AND key < ?2 ORDER BY key LIMIT 1)
+  UNION ALL
+  SELECT (SELECT {_NAME} FROM remote WHERE key >= CAST(child.key || x'01' AS BLOB) AND key < ?2 ORDER BY key LIMIT 1)
+  FROM child WHERE child.key IS NOT NULL)
+SELECT child.key, r.key, kind, mode, mtime, size, digest, target, nuid
+FROM child LEFT JOIN remote r ON r.key = child.key WHERE child.key IS NOT NULL"""  # noqa: S608
 _WANTED = f"""SELECT * FROM temp.wanted WHERE (place, blob, at, key) > (?, ?, ?, ?) AND (place = 2) = ?
 ORDER BY place, blob, at, key LIMIT {PAGE}"""  # noqa: S608
 _CONTENTS = """SELECT digest, min(key) FROM local
@@ -192,8 +202,8 @@ class CheckoutTables:
             row = (key, kind, child.mode, child.mtime_ns, child.size, digest, child.target, child.place)
             if child.takes and row != before:
                 fresh.append((*row, before is None or row[:-1] != before[:-1]))
-            if before is not None and kind != _DIR:
-                gone.append((key + b"\0", key + b"\x01"))  # in case it was a directory: what was below it
+            if before is not None and kind != _DIR and before[1:2] in _WAS_DIR:
+                gone.append((key + b"\0", key + b"\x01"))  # what was below it
             if child.node is not None:
                 dirs.append((key, child.node))
             if len(fresh) + len(dirs) + len(gone) >= PAGE:
@@ -206,25 +216,8 @@ class CheckoutTables:
     def _known_children(self, prefix: bytes) -> Iterator[Row]:
         """Yield the rows of a directory's direct children; of those that only have something below them, the key."""
         end = prefix[:-1] + b"\x01" if prefix else FOREVER
-        start, last, limit = prefix, None, 2
-        while True:
-            page = self._db.rows(_KNOWN, (start, end, limit))
-            for row in page:
-                deeper = row[0].find(b"\0", len(prefix))
-                if deeper < 0:
-                    yield row
-                    last = row[0]
-                    continue
-                child = row[0][:deeper]
-                if child != last:
-                    yield (child,)
-                    last = child
-                start, limit = child + b"\x01", 2  # jump over the rest of its subtree
-                break
-            else:
-                if len(page) < limit:
-                    return
-                start, limit = page[-1][0] + b"\0", min(PAGE, limit * 4)
+        for row in self._db.stream(_KNOWN, (prefix, end, len(prefix) + 1), PAGE):
+            yield row[1:] if row[1] is not None else row[:1]
 
     def _add(self, fresh: list[Row], dirs: list[tuple[bytes, NodeRef]], gone: list[Row]) -> None:
         """Write down what :meth:`add_directory` found, and empty its lists."""
@@ -404,8 +397,8 @@ class CheckoutTables:
     def drop_lost_chunks(self) -> None:
         """Forget the chunks of contents that the mirror does not have (any more)."""
         self._db.run(
-            "DELETE FROM chunk WHERE content IN (SELECT DISTINCT content FROM chunk WHERE NOT EXISTS "
-            "(SELECT 1 FROM local WHERE digest = content AND digest <> ''))"
+            "DELETE FROM chunk WHERE content IN (SELECT content FROM (SELECT DISTINCT content FROM chunk) "
+            "WHERE NOT EXISTS (SELECT 1 FROM local WHERE digest = content AND digest <> ''))"
         )
 
     def local_contents(self, digests: Iterable[str]) -> dict[str, str]:

@@ -267,6 +267,22 @@ class Mirror:
                         size += item.stat(follow_symlinks=False).st_blocks * 512
         return size
 
+    def sweep_parts(self, wanted: Callable[[str], bool], spare: int) -> None:
+        """Remove large files in the making that are not wanted any more, but for the newest few.
+
+        :param wanted: given a content's digest.
+        :param spare: how many stay: their chunks may serve what came after them.
+        :raises DiskProblem: the disk refused.
+        """
+        old: list[tuple[int, str]] = []
+        with self._words("cannot sweep staged content"), os.scandir(self._stage.fd) as found:
+            for item in found:
+                part = PART_NAME.fullmatch(item.name)
+                if part is not None and not wanted(part[1]):
+                    old.append((item.stat(follow_symlinks=False).st_mtime_ns, item.name))
+            for _, name in sorted(old, reverse=True)[spare:]:
+                self._stage.remove(name)
+
     def free_bytes(self) -> int:
         """Return the room for new content.
 
