@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
@@ -182,7 +181,7 @@ def _unchanged(row: LocalRow, disk: Disk) -> bool:
         return False
     if disk.kind is Kind.FILE:
         # Not the device number: it may be another one after a reboot.
-        return disk.mode == row.entry.mode and replace(disk.stat, dev=row.stat.dev) == row.stat
+        return disk.mode == row.entry.mode and disk.stat._replace(dev=row.stat.dev) == row.stat
     if disk.kind is Kind.SYMLINK:
         return disk.target == row.entry.target and disk.stat.mtime_ns == row.entry.mtime_ns
     return disk.mode == row.entry.mode and disk.stat.mtime_ns == row.entry.mtime_ns

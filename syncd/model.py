@@ -1,9 +1,14 @@
-"""The words: what a tree is made of (see docs/glossary.md)."""
+"""The words: what a tree is made of (see docs/glossary.md).
+
+Entries, stats and rows are named tuples: they are made by the hundred thousand, and a frozen dataclass takes three
+times as long to make.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 MODE_BITS = 0o7777
 DEFAULT_FILE_MODE = 0o644
@@ -18,8 +23,7 @@ class Kind(StrEnum):
     SYMLINK = "symlink"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One path's state.
 
     :ivar mode: permission bits, 0..0o7777; 0o777 for symlinks.
@@ -62,8 +66,7 @@ class Entry:
         return self.same_content(other) and self.same_meta(other)
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
+class Stat(NamedTuple):
     """The stat fields that make a quick check possible (see the index)."""
 
     size: int

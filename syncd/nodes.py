@@ -240,9 +240,9 @@ class Node:
         for name, kind, mode, mtime_ns, size, digest, target, where, blob, offset, length in self.rows():
             location = new(Location, (where, blob, offset)) if blob else EMPTY_LOCATION
             if kind is _KIND_DIR:
-                yield new(Child, (name, _entry(kind, mode, mtime_ns), digest, location, length))
+                yield new(Child, (name, new(Entry, (kind, mode, mtime_ns, 0, "", "", "")), digest, location, length))
             else:
-                yield new(Child, (name, _entry(kind, mode, mtime_ns, size, digest, target), "", location, 0))
+                yield new(Child, (name, new(Entry, (kind, mode, mtime_ns, size, digest, "", target)), "", location, 0))
 
     def rows(self) -> Iterator[Row]:
         """Yield what :meth:`children` does as tuples, in half of its time.
@@ -382,24 +382,6 @@ def _target(raw: bytes, name: str) -> str:
     if not 0 < len(raw) <= MAX_TARGET_BYTES or b"\0" in raw:
         raise ObjectCorrupt(f"symlink {printable(name)!r} without a usable target")
     return raw.decode()
-
-
-_set_kind, _set_mode, _set_mtime, _set_size, _set_digest, _set_sha256, _set_target = (
-    Entry.__dict__[name].__set__ for name in ("kind", "mode", "mtime_ns", "size", "digest", "sha256", "target")
-)
-
-
-def _entry(kind: Kind, mode: int, mtime_ns: int, size: int = 0, digest: str = "", target: str = "") -> Entry:
-    """Return ``Entry(...)`` in half of its time: a frozen dataclass sets each field by a call by name."""
-    entry: Entry = object.__new__(Entry)
-    _set_kind(entry, kind)
-    _set_mode(entry, mode)
-    _set_mtime(entry, mtime_ns)
-    _set_size(entry, size)
-    _set_digest(entry, digest)
-    _set_sha256(entry, "")
-    _set_target(entry, target)
-    return entry
 
 
 # -- recipes -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -90,7 +89,7 @@ class Source:
         if row is None:
             row = LocalRow(path, Entry(Kind.FILE, 0, 0), Stat(0, 0, 0, 0))
         self._index.mark_tree_seen(path, scan)
-        self._index.put_local([replace(row, problem=problem.code)], scan=scan)
+        self._index.put_local([row._replace(problem=problem.code)], scan=scan)
 
     def _take(
         self,

@@ -10,7 +10,7 @@ Rules kept here:
 from __future__ import annotations
 
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from syncd.index.database import FOREVER, PAGE, Row, chunks
@@ -57,7 +57,8 @@ _TOUCHED = """
 SELECT remote.key FROM temp.gone JOIN remote ON remote.key >= gone.first AND remote.key < gone.last
 UNION ALL SELECT key FROM temp.fresh WHERE touches LIMIT ?"""
 # From each child one seek leads to the next: behind whatever is below it. ?3 is where names begin, counted from 1.
-_NAME = "CASE instr(substr(key, ?3), x'00') WHEN 0 THEN key ELSE substr(key, 1, ?3 - 2 + instr(substr(key, ?3), x'00')) END"
+_NAME = """CASE instr(substr(key, ?3), x'00') WHEN 0 THEN key
+  ELSE substr(key, 1, ?3 - 2 + instr(substr(key, ?3), x'00')) END"""
 _KNOWN = f"""
 WITH RECURSIVE child(key) AS (
   SELECT (SELECT {_NAME} FROM remote WHERE key >= ?1 AND key < ?2 ORDER BY key LIMIT 1)
@@ -282,7 +283,7 @@ class CheckoutTables:
         """Note files that are there already with the content that is wanted; they are not syncd's yet."""
         self._db.many(
             "INSERT OR REPLACE INTO temp.adopted VALUES (?, ?)",
-            ((sort_key(row.path), json.dumps([astuple(row.entry), astuple(row.stat)])) for row in rows),
+            ((sort_key(row.path), json.dumps([row.entry, row.stat])) for row in rows),
         )
 
     def adopted(self, paths: Iterable[str]) -> dict[str, LocalRow]:

@@ -285,7 +285,8 @@ class Database:
                     yield from page
                     size = min(at_once, 2 * size)
             finally:
-                cursor.close()
+                with contextlib.suppress(sqlite3.ProgrammingError):  # left half-way, and the file is closed by now
+                    cursor.close()
         except sqlite3.Error as exc:
             raise self._problem(exc) from exc
 

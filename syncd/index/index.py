@@ -7,9 +7,8 @@ has, and ``remote``, what the bucket announces.
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from syncd.index.database import FOREVER, PAGE, Database, Row, chunks, columns, key_range
 from syncd.model import Entry, Kind, Stat
@@ -64,8 +63,7 @@ _DIGEST_CHARS = 64
 _SIGNED_64 = 1 << 63
 
 
-@dataclass(frozen=True, slots=True)
-class LocalRow:
+class LocalRow(NamedTuple):
     """One path on this host's disk as last read.
 
     :ivar hashed_ns: wall clock, nanoseconds, when the content was read; 0: never. A file whose mtime
@@ -82,8 +80,7 @@ class LocalRow:
     problem: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteRow:
+class RemoteRow(NamedTuple):
     """One path as a bucket announces it.
 
     :ivar name: the object's name in ``bucket``; equals ``path`` unless a link brought it.

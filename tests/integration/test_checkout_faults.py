@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pickle
 import random
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from syncd.errors import StoreTimeout
+from syncd.rules import Rules
+from syncd.status import FolderStatus, StatusKeeper
+from syncd.store.memory import MemoryStore
+from syncd.subscriber import SubscribeOptions, Subscriber
 from tests.support.generations import CHUNK, Tree, expected, file, folder, found, link, pull_apart
 from tests.support.mirror import litter
 
@@ -35,6 +41,9 @@ NEW: Tree = {
     "whole": folder(BLOBS),
 }
 NEWER: Tree = NEW | {"last": file("last")}
+
+OLD_WITHOUT_LARGE: Tree = {name: item for name, item in OLD.items() if name != "large"}
+WIDE: Tree = {f"d{number:02}": folder({f"f{inner:03}": file("x") for inner in range(500)}) for number in range(22)}
 
 BEFORE_THE_FIRST_PAGE = (
     "walked",
@@ -135,9 +144,6 @@ def test_an_interrupted_download_goes_on_where_it_was(tmp_path: Path) -> None:
     assert litter(prepared.mirror) == []
 
 
-OLD_WITHOUT_LARGE: Tree = {name: item for name, item in OLD.items() if name != "large"}
-
-
 @pytest.mark.fault("C4")
 def test_staged_content_that_was_torn_is_fetched_again(prepared: Prepared) -> None:
     """After a power cut a staged file may hold anything: it is read before it is believed."""
@@ -152,15 +158,43 @@ def test_staged_content_that_was_torn_is_fetched_again(prepared: Prepared) -> No
     assert found(prepared.mirror) == expected(NEW)
 
 
+@pytest.mark.fault("C4")
+def test_a_half_made_large_file_that_was_torn_is_mended(prepared: Prepared) -> None:
+    """Each chunk of it counts only if it reads as what it must be."""
+    fresh = OLD_WITHOUT_LARGE | {"large": file(RANDOM.randbytes(150 * CHUNK))}
+    prepared.pull(OLD, fresh, crash="content_staged:2")
+    (part,) = (prepared.mirror / ".syncd/stage").glob("part-*")
+    with part.open("r+b") as torn:
+        torn.seek(5 * CHUNK)
+        torn.write(bytes(2 * CHUNK))
+    prepared.pull(OLD, fresh)
+    assert found(prepared.mirror) == expected(fresh)
+
+
+@pytest.mark.fault("C1 N1")
+async def test_a_generation_that_was_cut_off_is_finished_without_a_network(tmp_path: Path) -> None:
+    """Half of it was applied: the rest is staged here, and the server may be away for long."""
+    prepared = Prepared(tmp_path)
+    prepared.pull(OLD, WIDE, crash="between_pages")
+    assert found(prepared.mirror) != expected(WIDE)
+    store = MemoryStore()
+    store.faults.fail("*", StoreTimeout("away"), 1000)
+    status = StatusKeeper(FolderStatus("subscribe", "app", "/"), clock=time.time, report=lambda _: None)
+    options = SubscribeOptions("app", prepared.mirror, Rules())
+    with pytest.raises(StoreTimeout):
+        await Subscriber(options, store, prepared.index, status=status).pull()
+    assert found(prepared.mirror) == expected(WIDE)
+    assert status.now.generation == 2
+
+
 @pytest.mark.fault("C1")
 def test_pages_are_applied_one_after_another_and_finished_first(tmp_path: Path) -> None:
     """Killed between two pages of one generation: the start finishes that one although the channel has moved on."""
     prepared = Prepared(tmp_path)
-    wide = {f"d{number:02}": folder({f"f{inner:03}": file("x") for inner in range(500)}) for number in range(22)}
-    prepared.pull(OLD, wide, crash="between_pages")
+    prepared.pull(OLD, WIDE, crash="between_pages")
     half = len(found(prepared.mirror))
     assert 5000 < half < 11_022
-    told = pull_apart(prepared.trees(OLD, wide, OLD), prepared.mirror, prepared.index)
+    told = pull_apart(prepared.trees(OLD, WIDE, OLD), prepared.mirror, prepared.index)
     assert told is not None
     assert told["generation"] == 3
     assert found(prepared.mirror) == expected(OLD)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -334,7 +333,7 @@ def test_a_journal_holds_any_name_and_every_field() -> None:
     plan = MirrorPlan(
         clear=tuple(Remove(name, Kind.SYMLINK, stat) for name in names),
         make_dirs=tuple(MakeDir(name) for name in names),
-        place=tuple(Place(name, replace(entry, size=n), f"s{n}", stat) for n in range(800) for name in names),
+        place=tuple(Place(name, entry._replace(size=n), f"s{n}", stat) for n in range(800) for name in names),
         set_meta=tuple(SetMeta(name, Entry(Kind.SYMLINK, 0o777, 1, target=name), None) for name in names),
         remove=tuple(Remove(name, Kind.DIR, None) for name in names),
         dir_meta=tuple(DirMeta(name, 0o1777, -5) for name in names),

@@ -17,6 +17,7 @@ import zstandard
 
 from syncd.checkout import Checkout, NoGeneration
 from syncd.errors import DiskProblem, FormatTooNew, ObjectCorrupt, ObjectGone, SafetyHalt, StoreTimeout, UsageError
+from syncd.gather import Gatherer
 from syncd.mirror import Mirror
 from syncd.model import Kind
 from syncd.nodes import BLOB_MAX, Child, Location, Where, digest_of
@@ -155,9 +156,22 @@ async def test_a_new_time_or_mode_keeps_the_file_and_fetches_nothing(world: Worl
     await world.pull()
     inode = (world.mirror / "large").stat().st_ino
     await world.commit(tree() | {"large": file(LARGE, mode=0o640, mtime_ns=T0 + 77)})
-    assert (await world.pull()).downloaded_bytes == 0
+    result = await world.pull()
+    assert (result.downloaded_bytes, result.reused_bytes) == (0, 0)
     assert (world.mirror / "large").stat().st_ino == inode
     assert found(world.mirror)["large"][1:3] == (0o640, T0 + 77)
+
+
+async def test_what_is_gone_is_removed_wherever_it_stood(world: World) -> None:
+    """First, last and only child of a directory; a directory with all below it; names that begin alike."""
+    await world.commit(tree() | {"b!": file("x"), "b0": folder({"y": file("y")}), "zz": folder({"z": file("z")})})
+    await world.pull()
+    left = tree() | {"b": folder({"f5": file("content 5")}), "d": folder({"e": folder()}), "b0": folder()}
+    for name in ("a", "void", "large"):
+        del left[name]
+    await world.commit(left)
+    await world.pull()
+    assert found(world.mirror) == expected(left)
 
 
 @pytest.mark.parametrize("at", [0, 10 * CHUNK + 5, len(LARGE) - 1])
@@ -540,6 +554,26 @@ async def test_a_disk_that_refuses_in_the_middle_changes_nothing(world: World, m
     assert found(world.mirror) == expected(newer())
 
 
+async def test_staged_content_that_vanished_is_staged_again(world: World, monkeypatch: Any) -> None:
+    """The generation does not count as applied before."""
+    await world.commit(tree())
+    await world.pull()
+    await world.commit(newer())
+    real = Gatherer.staged
+
+    def staged(self: Gatherer, rows: Any) -> Any:
+        self._tables.drop_staged(["fresh"])
+        return real(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gatherer, "staged", staged)
+        with pytest.raises(DiskProblem, match="vanished"):
+            await world.pull()
+    assert world.status.now.generation == 1
+    assert (await world.pull()).generation == 2
+    assert found(world.mirror) == expected(newer())
+
+
 # -- which generation --------------------------------------------------------------------------------------------------
 
 
@@ -768,10 +802,9 @@ async def test_a_generation_that_cannot_be_had_is_left_for_a_newer_one_at_once(w
     running = asyncio.create_task(world.subscriber().run())
     try:
         await eventually(lambda: world.status.now.generation == 1)
-        await world.commit(newer(), FAULTS["a blob is missing"][0])
-        await eventually(lambda: world.status.now.problem_count == 1)
-        assert (world.status.now.problems[0].path, world.status.now.problems[0].code) == ("fresh", "content_gone")
-        assert world.status.now.state in {FolderState.FAILED, FolderState.WAITING, FolderState.SYNCING}
+        await world.commit(newer(), FAULTS["a blob is damaged"][0])
+        await eventually(lambda: world.status.now.state is FolderState.FAILED)
+        assert [(one.path, one.code) for one in world.status.now.problems] == [("fresh", "bad_content")]
         assert found(world.mirror) == expected(tree())
         await world.commit(newer() | {"good": file("good")}, Forge())
         await eventually(lambda: world.status.now.generation == 3, 10)

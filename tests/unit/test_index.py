@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,7 +62,7 @@ def test_a_row_comes_back_as_it_was_written(index: Index) -> None:
     """Every field survives, also negative times, 64-bit inode numbers and texts that are not digests."""
     entry = Entry(Kind.FILE, 0o4755, -5, 1 << 40, digest("a"), digest("b"))
     row = LocalRow("d/ü\n\\x", entry, Stat(1 << 40, -5, 7, (1 << 64) - 2, (1 << 63) + 9), 123, "unreadable")
-    odd = RemoteRow("o", replace(entry, digest="DEADBEEF" * 8, sha256="?"), "b", "o", "n", 3, 9, 1 << 60, "p", "v")
+    odd = RemoteRow("o", entry._replace(digest="DEADBEEF" * 8, sha256="?"), "b", "o", "n", 3, 9, 1 << 60, "p", "v")
     index.put_local([row, local("l", link("../ü"))])
     index.put_remote([odd])
     assert index.local(row.path) == row
@@ -176,9 +175,9 @@ def test_a_scan_number_of_another_run_drops_nothing(tmp_path: Path) -> None:
 
 def test_content_is_found_under_another_name(index: Index) -> None:
     """By BLAKE3, else by SHA-256; never a row with a problem, of another size, or by an empty digest."""
-    entry = replace(file("hello"), sha256=digest("sha"))
+    entry = file("hello")._replace(sha256=digest("sha"))
     index.put_local(
-        [local("bad", entry, "unreadable"), local("d", folder()), local("empty", replace(entry, digest=""))]
+        [local("bad", entry, "unreadable"), local("d", folder()), local("empty", entry._replace(digest=""))]
     )
     assert index.find_local_content(entry.digest, "", 5) is None
     assert index.find_local_content("", "", 5) is None
@@ -215,7 +214,7 @@ def test_an_older_announcement_never_replaces_a_newer_one(index: Index) -> None:
 def test_remote_rows_are_counted_and_known_by_nuid(index: Index) -> None:
     """More nuids than fit one statement are asked in pieces."""
     index.put_remote(remote(str(number)) for number in range(1200))
-    index.put_remote([replace(remote("theirs"), publisher="", nuid="")])
+    index.put_remote([remote("theirs")._replace(publisher="", nuid="")])
     assert (index.count_remote(), index.count_remote(ours="me"), index.count_remote(ours="")) == (
         1201,
         1200,
@@ -262,13 +261,13 @@ SHA_ONLY = Entry(Kind.FILE, 0o644, 1, 1, "", digest("x"))
     [
         pytest.param(file(), file(), False, id="equal files"),
         pytest.param(file("a"), file("b"), True, id="other content of the same size"),
-        pytest.param(file("a"), replace(file("a"), size=2), True, id="other size"),
+        pytest.param(file("a"), file("a")._replace(size=2), True, id="other size"),
         pytest.param(file(), file(mode=0o600), True, id="other mode"),
         pytest.param(file(), file(mtime_ns=2), True, id="other time"),
-        pytest.param(replace(file(), sha256=digest("x")), SHA_ONLY, False, id="equal by sha256 alone"),
-        pytest.param(replace(file(), sha256=digest("y")), SHA_ONLY, True, id="other sha256"),
+        pytest.param(file()._replace(sha256=digest("x")), SHA_ONLY, False, id="equal by sha256 alone"),
+        pytest.param(file()._replace(sha256=digest("y")), SHA_ONLY, True, id="other sha256"),
         pytest.param(file(), SHA_ONLY, True, id="no digest in common"),
-        pytest.param(replace(file(), digest=""), replace(file(), digest=""), True, id="nothing known of content"),
+        pytest.param(file()._replace(digest=""), file()._replace(digest=""), True, id="nothing known of content"),
         pytest.param(folder(), folder(), False, id="equal directories"),
         pytest.param(folder(), folder(0o700), True, id="directory mode"),
         pytest.param(link("a"), link("a", mode=0o600), False, id="a symlink has no mode"),
@@ -395,7 +394,7 @@ def test_bytes_and_descendants_are_counted(index: Index) -> None:
     """Sizes of local files, rows of any syncd publisher, and whether anything is announced below a path."""
     assert index.local_bytes() == 0
     index.put_local([local("a", file("12345")), local("b", file("123")), local("d", folder())])
-    index.put_remote([remote("d"), remote("d!/x"), replace(remote("theirs/a"), publisher="")])
+    index.put_remote([remote("d"), remote("d!/x"), remote("theirs/a")._replace(publisher="")])
     assert (index.local_bytes(), index.count_ours()) == (8, 2)
     assert [index.has_remote_below(path) for path in ("d", "d!", "theirs", "theirs/a")] == [False, True, True, False]
 

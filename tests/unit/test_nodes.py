@@ -708,7 +708,7 @@ def test_the_tree_digest_knows_nothing_of_locations(children: list[Child]) -> No
     assert encoded(moved)[1] == encoded(children)[1]
     if children:
         first = children[0]
-        later = first._replace(entry=replace(first.entry, mtime_ns=first.entry.mtime_ns ^ 1))
+        later = first._replace(entry=first.entry._replace(mtime_ns=first.entry.mtime_ns ^ 1))
         assert encoded([later, *children[1:]])[1] != encoded(children)[1]
 
 

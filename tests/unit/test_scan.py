@@ -13,7 +13,6 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -543,10 +542,10 @@ def test_a_row_with_a_problem_or_without_a_digest_is_never_fresh(root: Path, rem
     row = remembered.index.local("f")
     assert row is not None
     for spoiled in (
-        replace(row, problem="unreadable"),
-        replace(row, entry=replace(row.entry, digest="")),
-        replace(row, entry=Entry(Kind.SYMLINK, row.entry.mode, row.entry.mtime_ns, digest="x")),
-        replace(row, entry=replace(row.entry, mode=0o600)),
+        row._replace(problem="unreadable"),
+        row._replace(entry=row.entry._replace(digest="")),
+        row._replace(entry=Entry(Kind.SYMLINK, row.entry.mode, row.entry.mtime_ns, digest="x")),
+        row._replace(entry=row.entry._replace(mode=0o600)),
     ):
         remembered.index.put_local([spoiled])
         assert remembered.changed() == ["f"]
