@@ -330,6 +330,7 @@ class Checkout:
     async def _walk(self, root: NodeRef, target: Target) -> set[str] | None:
         cache = _NodeCache(self._tables, self._thread)
         reader = TreeReader(self._bucket, cache)
+        self._gatherer.at_hand = reader.kept
         await self._thread.run(lambda: self._tables.begin_walk(root))
         count = _Count(target)
         while dirs := await self._thread.run(lambda: self._tables.next_dirs(NODES_AT_ONCE, NODE_BYTES_AT_ONCE)):
@@ -467,6 +468,7 @@ class Checkout:
         :raises DiskProblem: the disk refused.
         """
         target = self._target
+        self._gatherer.let_go()
         applied = self.applied()
         if complete:
             crash_point("generation_applied")

@@ -363,7 +363,9 @@ class Committer:
             await self._thread.run(lambda: self._remember(touched, None))
             return
         tally = await self._thread.run(lambda: self._tally(touched))
-        files = (before.files if before else 0) + tally.added - tally.removed
+        # Counted, not added up from record to record: a subscriber refuses a tree that holds more than its record says.
+        files, size = await self._thread.run(self._index.count_remote_files)
+        files += tally.added - tally.removed
         generation = Generation(
             folder=self._options.folder,
             number=(before.number if before is not None else await self._highest()) + 1,
@@ -371,8 +373,8 @@ class Committer:
             created=datetime.fromtimestamp(self._clock(), UTC).isoformat().replace("+00:00", "Z"),
             publisher=self._options.publisher,
             parent=head.digest if head is not None else "",
-            files=max(0, files),
-            size=max(0, (before.size if before else 0) + tally.size),
+            files=files,
+            size=size + tally.size,
             added=tally.added,
             changed=tally.changed,
             removed=tally.removed,

@@ -148,8 +148,15 @@ class _Background:
         self._task = asyncio.create_task(work)
 
 
+def _nothing_at_hand(digest: str) -> bytes | None:  # noqa: ARG001
+    return None
+
+
 class Gatherer:
-    """Stages the content of generations for one mirror."""
+    """Stages the content of generations for one mirror.
+
+    :ivar at_hand: returns a blob that was fetched a moment ago, ``None`` where it was not.
+    """
 
     def __init__(
         self, bucket: Bucket, index: Index, tables: CheckoutTables, mirror: Mirror, thread: FolderThread
@@ -159,6 +166,7 @@ class Gatherer:
         self._tables = tables
         self._mirror = mirror
         self._thread = thread
+        self.at_hand: Callable[[str], bytes | None] = _nothing_at_hand
         self._missing = False
         self._staged_any = self._large_any = True  # by an earlier run, until the first tidying up
 
@@ -172,6 +180,16 @@ class Gatherer:
         :raises DiskProblem: the disk refused, or has no room for all of it.
         """
         tally = _Tally(result, meter, overtaken)
+        try:
+            await self._gather(pages, tally)
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Keep no blobs at hand."""
+        self.at_hand = _nothing_at_hand
+
+    async def _gather(self, pages: Pages, tally: _Tally) -> None:
         await self._thread.run(self._tables.begin_gather)
         after: str | None = ""
         while after is not None:
@@ -303,7 +321,7 @@ class Gatherer:
         size = 0
         async with _Background() as staging:
             while window := await self._thread.run(lambda: next(windows, None)):
-                async with _closing(self._bucket.get_blobs(list(window))) as blobs:
+                async with _closing(self._blobs(list(window))) as blobs:
                     async for digest, data in blobs:
                         files = window.pop(digest)
                         if not isinstance(data, bytes):
@@ -320,6 +338,20 @@ class Gatherer:
                     raise _unfetchable(files[0].path, ObjectGone("its blob was not delivered"))
                 await tally.check()
             await staging.start(self._stage_small(batch, tally))
+
+    async def _blobs(self, digests: list[str]) -> AsyncIterator[tuple[str, bytes | SyncdError]]:
+        """Yield blobs, those first that the walk over the nodes has just fetched: a small commit is one pack."""
+        missing: list[str] = []
+        for digest in digests:
+            data = self.at_hand(digest)
+            if data is None:
+                missing.append(digest)
+            else:
+                yield digest, data
+        if missing:
+            async with _closing(self._bucket.get_blobs(missing)) as blobs:
+                async for outcome in blobs:
+                    yield outcome
 
     async def _stage_small(self, batch: list[tuple[Wanted, bytes]], tally: _Tally) -> None:
         await self._thread.run(lambda: self._stage_batch(batch))

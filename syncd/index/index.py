@@ -398,6 +398,12 @@ class Index(Database):
             return self.count("SELECT count(*) FROM remote")
         return self.count("SELECT count(*) FROM remote WHERE publisher = ?", (ours,))
 
+    def count_remote_files(self) -> tuple[int, int]:
+        """Return the number of rows that are no directories, and the bytes of their content."""
+        row = self.row("SELECT count(*), coalesce(sum(size), 0) FROM remote WHERE kind <> 1")
+        assert row is not None
+        return int(row[0]), int(row[1])
+
     def count_ours(self) -> int:
         """Return the number of rows that any syncd publisher wrote."""
         return self.count("SELECT count(*) FROM remote WHERE publisher <> ''")

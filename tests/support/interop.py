@@ -163,7 +163,9 @@ class Interop:
 
     def _publisher(self) -> tuple[Publisher, StatusKeeper]:
         status = keeper("publish", self.bucket)
-        options = PublishOptions(self.bucket, self.source, Rules(), "here:/source", metadata={"team": "web"})
+        options = PublishOptions(
+            self.bucket, self.source, Rules(), "here:/source", layout="objects", metadata={"team": "web"}
+        )
         return Publisher(options, self.store, self.tmp / "publish.db", status=status), status
 
     async def push(self, files: Mapping[str, bytes] | None = None, **arguments: Any) -> PushResult:
