@@ -233,10 +233,7 @@ def test_the_message_counts_the_problems(tmp_path):
 @pytest.mark.parametrize(
     ("publish", "subscribe", "words"),
     [
-        ('layout = "generations"', "", 'publish.0.layout ("generations"): the generations layout'),
         ('sign_seed_file = "s"', "", "publish.0.sign_seed_file: signing"),
-        ("keep_generations = 5", "", "publish.0.keep_generations: keeping generations"),
-        ("keep_days = 5", "", "publish.0.keep_days: keeping generations"),
         ("", 'mode = "release"', 'subscribe.0.mode ("release"): release mode'),
         ("", 'channel = "head"', "subscribe.0.channel: following a channel"),
         ("", 'trusted_keys = ["K"]', "subscribe.0.trusted_keys: checking signatures"),
