@@ -534,6 +534,14 @@ def roots(*pairs: tuple[str, str, str], extra: str = "") -> str:
     return f'[daemon]\nstate_dir = "state"\n{extra}\n{tables}'
 
 
+def test_objects_that_vanish_do_not_go_with_generations(tmp_path):
+    """A time to live would take blobs that kept generations need; the objects layout may have one."""
+    text = roots(("publish", "a", "src")) + "[publish.bucket]\nttl_seconds = 60\n"
+    [finding] = findings(tmp_path, text)
+    assert "publish.0.bucket.ttl_seconds" in finding
+    assert findings(tmp_path, text.replace('folder = "a"', 'folder = "a"\nlayout = "objects"')) == []
+
+
 def test_a_sound_configuration_has_no_findings(tmp_path):
     assert (
         findings(tmp_path, roots(("publish", "a", "src"), ("publish", "b", "src/b"), ("subscribe", "a", "dst"))) == []
