@@ -245,12 +245,14 @@ class Committer:
         if await self._is_unsettled():
             await self._list()
         changes, size, allowed = await self._thread.run(lambda: self._judge(touched, wish))
-        heal, self._heal = self._heal, False
+        heal = self._heal
         if self._head is not None:
             result.generation, result.root = self._head.generation.number, self._head.generation.root.tree
         first = self._head is None
         if not changes and not heal and not first:
             return
+        await self._learn_room(await self._bucket.state())  # also: a server that is away is found out at once
+        self._heal = False
         builder = Builder(self._index, self._blobs, self._source, result)
         meter = Meter(progress, changes, size)
         try:

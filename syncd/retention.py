@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 COLLECT_SECONDS: Final = 3600.0
-BUSY_FACTOR: Final = 50
 WALK_AT_ONCE: Final = 64
 FREE_AT_ONCE: Final = 500
 FREED_SECONDS: Final = 3600.0
@@ -133,10 +132,7 @@ class Retention:
         history = await self._history()
         if frozenset(history.generations) == self._clean and not self._expired(history):
             return False
-        collected = await self.collect(dry_run=False)
-        # A large tree takes some seconds, in which nothing is published: at most some percent of the time.
-        self._next = max(self._next, now + BUSY_FACTOR * (self._clock() - now))
-        return bool(collected.repacked)
+        return bool((await self.collect(dry_run=False)).repacked)
 
     async def collect(self, *, dry_run: bool) -> Collected:
         """Remove what is due.

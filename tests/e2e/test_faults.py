@@ -354,15 +354,13 @@ async def test_a_full_bucket_refuses_the_generation_and_keeps_the_one_before(
     daemons.start("s", subscribe(mirror))
     await equal_trees(source, mirror)
     before = snapshot(mirror)
-    for name in ("enormous", "also"):
-        (source / name).write_bytes(os.urandom(1_200_000))
+    (source / "enormous").write_bytes(os.urandom(2_400_000))
     waiting = await complains(publisher, "publish-app", "no room for this generation")
     assert "max_bytes" in waiting["hint"]
     (source / "small").write_text("waits with the rest")
     assert snapshot(mirror) == before
     if remedy == "file removed":
         (source / "enormous").unlink()
-        (source / "also").unlink()
     else:
         await raise_limit(nats_server.url, 20_000_000)
     await healed(nats_server, source, mirror, seconds=60)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tests.support.daemon import Daemon
 
 # Taken out of the environment: syncd refuses variables that look like its keys.
-KILLS = int(os.environ.pop("SYNCD_TEST_KILLS", "20"))
+KILLS = int(os.environ.pop("SYNCD_TEST_KILLS", "10"))
 SERIES = os.environ.pop("SYNCD_TEST_SERIES", "p s n psn").split()
 SEED = int(os.environ.pop("SYNCD_TEST_SEED", str(int(time.time()))))
 

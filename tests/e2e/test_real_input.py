@@ -94,7 +94,7 @@ def contents(root: Path) -> dict[str, int]:
 @pytest.mark.timeout(240)
 @pytest.mark.fault("N1 W6 M1 M5")
 async def test_a_standard_library_and_two_releases_of_a_package_on_two_mirrors(
-    tmp_path: Path, daemons: Daemons, nats_server: NatsServer, releases: list[Path]
+    layout: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer, releases: list[Path]
 ) -> None:
     """Published, mirrored, updated, edited, renamed, deleted, with each process stopped in between: equal each time."""
     source, one, two = tmp_path / "source", tmp_path / "one", tmp_path / "two"
@@ -118,7 +118,8 @@ async def test_a_standard_library_and_two_releases_of_a_package_on_two_mirrors(
     second.start()
     await equal(source, two)
     sent = sum(event["uploaded_bytes"] for event in publisher.events("published")) - sent
-    assert sent == sum(size for _, size in fresh)
+    size = sum(size for _, size in fresh)
+    assert sent == size if layout == "objects" else 0 < sent < size  # compressed, and with nodes
 
     # Edits and new kinds of things while the publisher is away.
     assert publisher.stop() == 0
@@ -155,6 +156,8 @@ async def test_a_standard_library_and_two_releases_of_a_package_on_two_mirrors(
         daemon.start()
     (source / "last").write_text("seen by everybody")
     await equal(source, one, two)
-    assert sum(event["uploaded_bytes"] for event in publisher.events("published")) == 17
-    assert [sum(e["downloaded_bytes"] for e in daemon.events("mirrored")) for daemon in (first, second)] == [17, 17]
+    most = 17 if layout == "objects" else 100_000  # the nodes on the way travel, too
+    assert 17 <= sum(event["uploaded_bytes"] for event in publisher.events("published")) <= most
+    for daemon in (first, second):
+        assert 17 <= sum(event["downloaded_bytes"] for event in daemon.events("mirrored")) <= most
     await no_orphans(nats_server.url)
