@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -290,6 +291,7 @@ class _Board:
         self._dirty: set[str] = set()
         self._forgotten: set[str] = set()
         self._wake = asyncio.Event()
+        self._writing = threading.Lock()
         self._started = False
         self._ready = False
         self._failing = False
@@ -340,6 +342,10 @@ class _Board:
 
     def write(self, *, final: bool = False) -> None:
         """Write what changed, blocking. A disk that refuses is reported once and tried again with the next change."""
+        with self._writing:  # the last write comes while a cancelled one may still be at it
+            self._write(final=final)
+
+    def _write(self, *, final: bool) -> None:
         dirty, self._dirty = self._dirty, set()
         forgotten, self._forgotten = self._forgotten, set()
         try:
