@@ -88,9 +88,11 @@ class _Scanner:
                 self.move(1)
         found: Any = tomllib.loads(f"{self.text[start : self.at]} = 0")
         names = []
-        while isinstance(found, dict):
+        while isinstance(found, dict) and found:
             name, found = next(iter(found.items()))
             names.append(name)
+        if not names:  # a comment where a key belongs
+            raise IndexError(start)
         return names
 
     def pair(self, table: Loc, *, ends: str) -> None:

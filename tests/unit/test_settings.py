@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -515,6 +515,7 @@ def places(loc, value):
         yield from places((*loc, key), item)
 
 
+@example("[#]")
 @given(st.text("a=[]{}\"'\\#\n., 1", max_size=40))
 def test_the_line_locator_ends_on_any_text(text):
     """It promises nothing for what tomllib refuses, but it must come to an end."""
