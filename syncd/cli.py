@@ -9,7 +9,6 @@ Rules kept here:
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import signal
@@ -59,13 +58,6 @@ Command = Callable[..., Any]
 STALE_SECONDS = 30.0
 SHOWN_DIGITS = 12
 """Of a digest that a person reads."""
-
-
-def main() -> None:
-    """Run the command line and exit."""
-    gc.freeze()  # what the imports made stays; collecting it again and again costs some 5 % of a push
-    gc.set_threshold(100_000, 50, 50)
-    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:

@@ -29,11 +29,11 @@ from syncd.nodes import NOTE_MAX, Generation, Node, NodeRef, Where, digest_of, e
 from syncd.outlet import Claim, DeletionGuard, PublishOptions, PushResult, Wish
 from syncd.paths import printable
 from syncd.progress import Meter, Progress
-from syncd.relayout import GENERATION, drop_objects, is_blob
+from syncd.relayout import drop_objects, is_blob
 from syncd.retention import Collected, Retention
 from syncd.store.base import CHANNELS, HEAD, BadMeta
 from syncd.store.codec import Codec
-from syncd.store.mapping import KIND, PUBLISHER
+from syncd.store.mapping import generation_metadata
 from syncd.trees import Commit, TreeReader, number_of
 
 if TYPE_CHECKING:
@@ -67,11 +67,6 @@ class _Tally:
     changed: int = 0
     removed: int = 0
     size: int = 0
-
-    @property
-    def any(self) -> bool:
-        """Whether files change."""
-        return bool(self.added or self.changed or self.removed)
 
 
 class Committer:
@@ -390,7 +385,7 @@ class Committer:
             seq = await self._bucket.commit_generation(
                 generation.number,
                 record,
-                self._describe(generation),
+                generation_metadata(generation, self._options.metadata),
                 channel=HEAD,
                 expected_seq=head.seq if head is not None else await self._absent_head(),
             )
@@ -440,23 +435,6 @@ class Committer:
                 f"{head.generation.number} of folder {self._options.folder!r}",
                 hint="stop one of the two; nothing of yours is lost, the next push commits it",
             ) from error
-
-    def _describe(self, generation: Generation) -> dict[str, str]:
-        """Return what the generation object's metadata repeats of the record, for listings."""
-        extra = {key: value for key, value in self._options.metadata.items() if not key.startswith("syncd-")}
-        return extra | {
-            KIND: GENERATION,
-            PUBLISHER: generation.publisher,
-            "syncd-number": str(generation.number),
-            "syncd-tree": generation.root.tree,
-            "syncd-created": generation.created,
-            "syncd-files": str(generation.files),
-            "syncd-bytes": str(generation.size),
-            "syncd-added": str(generation.added),
-            "syncd-changed": str(generation.changed),
-            "syncd-removed": str(generation.removed),
-            "syncd-note": generation.note,
-        }
 
     def _committed(self, touched: Collection[str] | None) -> Iterator[tuple[str, LocalRow | None, RemoteRow | None]]:
         """Yield the differences that the tree that was built has: not those whose content could not be had."""

@@ -16,9 +16,9 @@ from syncd.errors import ObjectCorrupt, Unavailable, UsageError
 from syncd.model import Kind
 from syncd.nodes import NodeRef
 from syncd.paths import printable
+from syncd.store import mapping
 from syncd.store.base import CHANNELS, HEAD, BadMeta
 from syncd.store.content import Hashes
-from syncd.store.mapping import PUBLISHER
 from syncd.treediff import Mark, differences, entries
 from syncd.trees import TreeReader, layout_of, number_of
 
@@ -258,19 +258,19 @@ def _summary(number: int, info: ObjectInfo, channels: list[str]) -> Summary:
     metadata = info.metadata
 
     def count(key: str) -> int | None:
-        text = metadata.get(f"syncd-{key}", "")
+        text = metadata.get(key, "")
         return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None  # noqa: PLR2004 - 64 bits
 
     return Summary(
         number=number,
-        created=metadata.get("syncd-created", ""),
-        files=count("files"),
-        bytes=count("bytes"),
-        added=count("added"),
-        changed=count("changed"),
-        removed=count("removed"),
-        note=metadata.get("syncd-note", ""),
-        publisher=metadata.get(PUBLISHER, ""),
-        tree=metadata.get("syncd-tree", ""),
+        created=metadata.get(mapping.CREATED, ""),
+        files=count(mapping.FILES),
+        bytes=count(mapping.BYTES),
+        added=count(mapping.ADDED),
+        changed=count(mapping.CHANGED),
+        removed=count(mapping.REMOVED),
+        note=metadata.get(mapping.NOTE, ""),
+        publisher=metadata.get(mapping.PUBLISHER, ""),
+        tree=metadata.get(mapping.TREE, ""),
         channels=tuple(sorted(channels)),
     )

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from syncd.store.base import CHANNELS, GENERATIONS, NUID_PREFIX, BadMeta
-from syncd.store.mapping import KIND, PUBLISHER
+from syncd.store.mapping import GENERATION, KIND, PUBLISHER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 PAGE: Final = 500
 AT_ONCE: Final = 32
-GENERATION: Final = "generation"
-"""The ``syncd-kind`` of generation objects."""
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 

@@ -13,7 +13,7 @@ from syncd.nodes import BLOB_MAX
 
 RAW: Final = b"\0"
 ZSTD: Final = b"\1"
-LEVEL: Final = 3
+LEVEL: Final = 5
 WORTH: Final = 0.95
 """A blob that keeps more than this share of its size is sent as it is."""
 MISSES: Final = 4

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
 
+import nats.aio.client
 import nats.errors
 import nkeys
 import structlog
@@ -431,6 +432,12 @@ def _tls_context(options: ConnectionOptions, server: _Server) -> ssl.SSLContext 
 
 
 # --- one connection -----------------------------------------------------------------------------------------
+
+
+READ_BYTES: Final = 256 * 1024
+"""What is read from the socket at once; nats-py's own 32 KiB cost a large download a tenth of its time."""
+
+nats.aio.client.DEFAULT_BUFFER_SIZE = READ_BYTES
 
 
 class _Client(Client):

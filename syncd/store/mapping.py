@@ -1,4 +1,4 @@
-"""Entry <-> object of the objects layout (docs/format.md, "Objects layout").
+"""Entry <-> object of the objects layout, and what a generation's object says of it (docs/format.md).
 
 What syncd writes into an object's ``metadata``: ``syncd-kind``, ``syncd-mode`` (octal), ``syncd-mtime``
 (nanoseconds since the epoch, decimal), ``syncd-digest`` (BLAKE3 hex, files), ``syncd-target`` (symlinks),
@@ -21,6 +21,8 @@ from syncd.store.base import EMPTY_BLAKE3, EMPTY_SHA256, ObjectInfo, ObjectMeta,
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from syncd.nodes import Generation
+
 KIND = "syncd-kind"
 MODE = "syncd-mode"
 MTIME = "syncd-mtime"
@@ -29,6 +31,18 @@ TARGET = "syncd-target"
 PUBLISHER = "syncd-publisher"
 ALLOWED = "syncd-allowed"
 """On a tombstone: a person allowed this deletion at the publisher, subscribers need not ask again."""
+
+GENERATION = "generation"
+"""The kind of generation objects; the keys below repeat their records, for listings."""
+NUMBER = "syncd-number"
+TREE = "syncd-tree"
+CREATED = "syncd-created"
+FILES = "syncd-files"
+BYTES = "syncd-bytes"
+ADDED = "syncd-added"
+CHANGED = "syncd-changed"
+REMOVED = "syncd-removed"
+NOTE = "syncd-note"
 
 MAX_TARGET_BYTES = 4095
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -51,6 +65,24 @@ def object_meta(path: str, entry: Entry, *, publisher: str, extra: Mapping[str, 
     elif entry.kind is Kind.SYMLINK:
         metadata[TARGET] = entry.target
     return ObjectMeta(name=path, headers=headers, metadata=metadata)
+
+
+def generation_metadata(generation: Generation, extra: Mapping[str, str]) -> dict[str, str]:
+    """Return what a generation object's metadata repeats of its record; ``extra`` are the folder's own key/values."""
+    own = {key: value for key, value in extra.items() if not key.startswith("syncd-")}
+    return own | {
+        KIND: GENERATION,
+        PUBLISHER: generation.publisher,
+        NUMBER: str(generation.number),
+        TREE: generation.root.tree,
+        CREATED: generation.created,
+        FILES: str(generation.files),
+        BYTES: str(generation.size),
+        ADDED: str(generation.added),
+        CHANGED: str(generation.changed),
+        REMOVED: str(generation.removed),
+        NOTE: generation.note,
+    }
 
 
 def content_type(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
 from syncd.rules import Rules
 from syncd.status import FolderStatus, StatusKeeper
-from syncd.store.base import HEAD, BadMeta, BucketSpec, ObjectMeta, SmallPut
+from syncd.store.base import CHANNELS, HEAD, NUID_PREFIX, BadMeta, BucketSpec, ObjectMeta, SmallPut
 from syncd.store.memory import MemoryStore
 from syncd.trees import Commit, TreeReader
 
@@ -431,6 +432,50 @@ async def test_lost_blobs_are_sent_again(shelf: Shelf) -> None:
         assert await shelf.tree() == shelf.disk()
 
 
+async def test_whoever_missed_a_lost_blob_is_told_by_a_new_generation(shelf: Shelf) -> None:
+    """Sent again, the same tree is committed anew: a subscriber that gave up on it looks again."""
+    content = os.urandom(200_000)
+    write(shelf.source / "f", content)
+    await shelf.push()
+    before = await shelf.head()
+    shelf.store.stream("app").chunks.pop(blake3(content).hexdigest())
+    result = await shelf.push()
+    after = await shelf.head()
+    assert (result.committed, after.generation.number) == (True, before.generation.number + 1)
+    assert after.generation.root == before.generation.root
+
+
+async def test_numbers_grow_on_where_the_head_was_lost(shelf: Shelf) -> None:
+    """Without the head the bucket's own generations say which numbers were used."""
+    for number in range(3):
+        write(shelf.source / "f", str(number))
+        await shelf.push()
+    bucket = shelf.store.bucket("app")
+    await bucket.delete(CHANNELS + HEAD, expected_seq=None, metadata={})
+    write(shelf.source / "f", "after")
+    assert (await shelf.push()).generation == 4
+    assert await shelf.tree() == shelf.disk()
+
+
+async def test_the_status_names_the_generation(shelf: Shelf) -> None:
+    """What a publisher's status says is what it committed, and what it found committed."""
+    reports: list[FolderStatus] = []
+    write(shelf.source / "f")
+    await shelf.push()
+    status = StatusKeeper(FolderStatus("publish", "app", "/"), clock=time.time, report=reports.append)
+    options = PublishOptions("app", shelf.source, Rules(), shelf.identity)
+    running = asyncio.create_task(Publisher(options, shelf.store, shelf.index, status=status).run())
+    try:
+        async with asyncio.timeout(30):
+            while not reports or reports[-1].generation == 0:
+                await asyncio.sleep(0.01)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    head = await shelf.head()
+    assert (reports[-1].generation, reports[-1].root) == (1, head.generation.root.tree)
+
+
 async def test_a_bucket_made_anew_is_filled_again(shelf: Shelf) -> None:
     """Another bucket of the name starts at generation 1."""
     grow(shelf.source)
@@ -485,6 +530,21 @@ async def test_collection_frees_what_no_kept_generation_reaches(shelf: Shelf) ->
         assert commit is not None
         await shelf.tree(commit.generation)
     assert await shelf.tree() == shelf.disk()
+
+
+async def test_records_that_no_generation_names_are_collected(shelf: Shelf) -> None:
+    """A kill between a generation's removal and that of its record leaves a chunk that the next collection frees."""
+    shelf.options |= {"grace_seconds": 1.0}
+    write(shelf.source / "f")
+    await shelf.push()
+    chunks = shelf.store.stream("app").chunks
+    record = next(name for name in chunks if name.startswith(NUID_PREFIX))
+    stray, foreign = f"{NUID_PREFIX}{'0' * 22}", "anothers-nuid"
+    chunks[stray], chunks[foreign] = list(chunks[record]), list(chunks[record])
+    shelf.now += 60
+    await shelf.publisher().collect()
+    left = {name for name in chunks if len(name) != 64}
+    assert left == {record, foreign}
 
 
 async def test_content_that_was_freed_comes_back_when_it_is_needed(shelf: Shelf) -> None:

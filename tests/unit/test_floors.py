@@ -58,6 +58,7 @@ FLOORS: dict[str, int] = {
     "syncd.relayout": 2,
     "syncd.settings": 3,
     "syncd.checks": 3,
+    "syncd.allocator": 1,
     "syncd.logs": 3,
     "syncd.embedded": 3,
     "syncd.notify": 3,
