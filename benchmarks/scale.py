@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import trees
+from benchmarks import network, trees
 from benchmarks.peers.syncd import Syncd
 from benchmarks.world import World
 
@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--only", choices=list(CASES), action="append")
     chosen = parser.parse_args()
     chosen.dir.mkdir(parents=True, exist_ok=True)
+    if reason := network.isolate():
+        print(f"no network of its own ({reason}): MB are those of everything on this machine's loopback\n")
     print("| tree | step | push | CPU | MB | peak MB | pull | CPU | MB | peak MB |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in chosen.only or CASES:

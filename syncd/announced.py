@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from syncd.index import Index, RemoteRow
+    from syncd.modes import ModePolicy
     from syncd.rules import Rules
     from syncd.service import FolderThread
     from syncd.store.base import Bucket, BucketState, Link, ObjectInfo, Store
@@ -45,6 +46,7 @@ class Announced:
         index: Index,
         rules: Rules,
         thread: FolderThread,
+        modes: ModePolicy,
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -52,6 +54,7 @@ class Announced:
         self._bucket = bucket
         self._index = index
         self._rules = rules
+        self._modes = modes
         self._thread = thread
         self._log = log.bind(folder=bucket.name, role="subscribe")
         self.problems = ProblemBook(self._log, "object_refused")
@@ -189,7 +192,9 @@ class Announced:
         except ObjectCorrupt as error:
             self.problems.note(Problem(where, "bad_object", error.message))
             return None
-        return row if self._rules.takes(row.path, is_dir=row.entry.kind is Kind.DIR) else None
+        if not self._rules.takes(row.path, is_dir=row.entry.kind is Kind.DIR):
+            return None
+        return row._replace(entry=self._modes.apply(row.entry))
 
     # -- links -----------------------------------------------------------------------------------------------------
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from syncd.crashpoints import crash_point
-from syncd.errors import BadName, ObjectCorrupt, ObjectGone, SyncdError, Unavailable
+from syncd.errors import BadName, ObjectCorrupt, ObjectGone, SafetyHalt, SyncdError, Unavailable, Untrusted
 from syncd.gather import UNREADABLE, Gatherer, Unfetchable
 from syncd.index.checkout import CheckoutTables, Walked, place_text
 from syncd.mirror import PART_NAME
-from syncd.model import Kind, Problem
+from syncd.model import Entry, Kind, Problem
 from syncd.nodes import Location, NodeRef
 from syncd.paths import MAX_PATH_BYTES, check_path, printable
 from syncd.problems import ProblemBook
@@ -34,12 +34,15 @@ from syncd.trees import TreeReader
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator
 
+    from syncd.guard import Guard
     from syncd.index import Index
     from syncd.mirror import Mirror
+    from syncd.modes import ModePolicy
     from syncd.nodes import Node
     from syncd.progress import Meter
     from syncd.rules import Rules
     from syncd.service import FolderThread
+    from syncd.standing import Standing
     from syncd.store.base import Bucket, BucketState
     from syncd.trees import Commit
     from syncd.upstream import Fetch, Pages, PullResult, Row
@@ -64,6 +67,10 @@ STEP: Final = "step"
 
 class NoGeneration(Unavailable):
     """The channel points at no generation yet."""
+
+
+class Held(SafetyHalt):
+    """The channel points at a generation that is not gone to: what is applied stays, and is kept as it must be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +184,11 @@ class _NodeCache:
 class Checkout:
     """One bucket of generations. See :class:`syncd.upstream.Upstream`.
 
+    :ivar tables: of the index, for what is staged and announced.
     :ivar problems: why the newest generation cannot be had.
     :ivar explicit: go to this generation, whatever the channel says; 0: to the channel's.
+    :ivar held: why the channel's generation is not gone to, ``None`` where it is.
+    :ivar kept: takes up a generation that is materialised here already and returns whether there was one.
     """
 
     in_doubt = False
@@ -193,8 +203,14 @@ class Checkout:
         rules: Rules,
         thread: FolderThread,
         *,
+        guard: Guard,
+        standing: Standing,
+        modes: ModePolicy,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._guard = guard
+        self._standing = standing
+        self._modes = modes
         self._bucket = bucket
         self._channel = channel
         self._index = index
@@ -203,14 +219,18 @@ class Checkout:
         self._thread = thread
         self._now = now
         self._log = log.bind(folder=bucket.name, role="subscribe")
-        self._tables = CheckoutTables(index)
-        self._gatherer = Gatherer(bucket, index, self._tables, mirror, thread)
+        self.tables = CheckoutTables(index)
+        self._gatherer = Gatherer(bucket, index, self.tables, mirror, thread)
         self._refusal: _Refusal | None = None
         self._looked_for = 0
         self._learned = ""
         self._target = _target(index.note(TARGET))
         self.problems = ProblemBook(self._log, "generation_refused")
         self.explicit = 0
+        self.held: SyncdError | None = None
+        self.kept: Callable[[Target], bool] = _nothing_kept
+        applied = self.applied()
+        standing.adopt(applied.number, applied.record)
 
     # -- which generation ----------------------------------------------------------------------------------------------
 
@@ -226,6 +246,9 @@ class Checkout:
         except UNREADABLE as error:
             self.problems.note(Problem("", "bad_generation", error.message))
             raise
+        if since := self._guard.stale_since():
+            text = f"nothing fresh has arrived: channel {self._channel!r} was good until {since}"
+            self.problems.note(Problem("", "stale", text))
         touched: set[str] | None = set()
         if commit is not None:
             self._check_refused(commit)
@@ -233,16 +256,11 @@ class Checkout:
         return None if full else touched
 
     async def _resolve(self, state: BucketState, hinted: int) -> Commit | None:
-        """Return where to go; ``None`` where what was read is older than what we saw before."""
+        """Return where to go; ``None`` to stay: what was read is older than what we saw before, or is not gone to."""
         reader = TreeReader(self._bucket)
+        self.held = None
         if self.explicit:
-            commit = await reader.generation(self.explicit)
-            if commit is None:
-                raise ObjectGone(
-                    f"generation {self.explicit} of {self._bucket.name!r} does not exist (any more)",
-                    hint=f"see: syncd log {self._bucket.name}",
-                )
-            return commit
+            return await self._numbered(reader, self.explicit)
         commit = await reader.channel(self._channel)
         for wait in STALE_TRIES:
             if commit is not None and commit.seq >= hinted:
@@ -263,7 +281,45 @@ class Checkout:
                 self._log.info("channel_moved_back", generation=commit.generation.number, before=seen.number)
         elif seen.bucket:
             self._log.warning("bucket_replaced", bucket=self._bucket.name)
+        return await self._allowed(reader, commit)
+
+    async def _numbered(self, reader: TreeReader, number: int) -> Commit:
+        commit = await reader.generation(number)
+        if commit is None:
+            raise ObjectGone(
+                f"generation {number} of {self._bucket.name!r} does not exist (any more)",
+                hint=f"see: syncd log {self._bucket.name}",
+            )
+        await self._guard.judge_number(commit)
         return commit
+
+    async def _allowed(self, reader: TreeReader, commit: Commit) -> Commit | None:
+        """Return the channel's generation, or, where that must not or shall not be gone to, the one to be at.
+
+        :raises Untrusted, Held: there is none: nothing was ever applied here.
+        """
+        try:
+            await self._guard.judge(commit)
+        except Untrusted as error:
+            self.held = error
+        else:
+            reason = self._standing.refused(commit.digest)
+            if not reason:
+                return commit
+            self.held = Held(
+                f"generation {commit.generation.number} of {self._bucket.name!r} is held back: {reason}",
+                hint=f"publish a newer one, or have it tried again: syncd allow {self._bucket.name}",
+            )
+        self.problems.note(Problem("", "generation_held", self.held.message))
+        number, record = self._standing.at
+        if not number:
+            raise self.held
+        if self._target.record == record:
+            return None
+        before = await reader.generation(number)
+        if before is None or before.digest != record:
+            raise self.held  # what was applied cannot be read any more, and what is announced shall not be applied
+        return before
 
     async def overtaken(self, hinted: int) -> bool:
         """Tell whether the channel has moved on since the last :meth:`catch_up`.
@@ -307,7 +363,7 @@ class Checkout:
             size=generation.size,
             allowed=generation.allowed,
             partial=seen.partial,
-            rules=self._rules.fingerprint,
+            rules=self._fingerprint,
             bucket=state.created,
             seq=(seen.seq if same_bucket else 0) if self.explicit else commit.seq,
             highest=seen.highest,
@@ -319,8 +375,10 @@ class Checkout:
             if target != seen:
                 await self._thread.run(lambda: self._keep_target(target))
             return set()
+        if await self._thread.run(lambda: self._take_kept(target)):
+            return None
         if target.rules != seen.rules:
-            await self._thread.run(self._tables.forget_nodes)
+            await self._thread.run(self.tables.forget_nodes)
         try:
             return await self._walk(generation.root, target)
         except UNREADABLE as error:
@@ -328,12 +386,12 @@ class Checkout:
             raise
 
     async def _walk(self, root: NodeRef, target: Target) -> set[str] | None:
-        cache = _NodeCache(self._tables, self._thread)
+        cache = _NodeCache(self.tables, self._thread)
         reader = TreeReader(self._bucket, cache)
         self._gatherer.at_hand = reader.kept
-        await self._thread.run(lambda: self._tables.begin_walk(root))
+        await self._thread.run(lambda: self.tables.begin_walk(root))
         count = _Count(target)
-        while dirs := await self._thread.run(lambda: self._tables.next_dirs(NODES_AT_ONCE, NODE_BYTES_AT_ONCE)):
+        while dirs := await self._thread.run(lambda: self.tables.next_dirs(NODES_AT_ONCE, NODE_BYTES_AT_ONCE)):
             nodes = await reader.nodes([ref for _, ref in dirs])
             found = list(zip((path for path, _ in dirs), nodes, strict=True))
             await self._thread.run(lambda found=found: self._take_nodes(found, count))  # type: ignore[misc]
@@ -341,17 +399,30 @@ class Checkout:
         def finish() -> set[str] | None:
             with self._index.transaction():
                 step = int(self._index.note(STEP, "0")) + 1
-                touched = self._tables.finish_walk(self._bucket.name, "generation", step)
+                touched = self.tables.finish_walk(self._bucket.name, "generation", step)
                 self._index.set_note(STEP, str(step))
                 partial = count.left_out or (target.partial and target.rules == self._target.rules)
                 self._keep_target(replace(target, partial=partial))
             if cache.used:
-                self._tables.drop_unused_cached()
+                self.tables.drop_unused_cached()
             return touched
 
         touched = await self._thread.run(finish)
         crash_point("walked")
         return touched
+
+    def _take_kept(self, target: Target) -> bool:
+        """Go to a generation that is materialised here: both halves of the index are those of that time."""
+        if not self.kept(target):
+            return False
+        kept = _target(self._index.note(TARGET))
+        self._keep_target(replace(target, partial=kept.partial))
+        return True
+
+    @property
+    def _fingerprint(self) -> str:
+        """What decides which part of a tree the mirror has, and how."""
+        return " ".join(filter(None, (self._rules.fingerprint, self._modes.fingerprint)))
 
     def _keep_target(self, target: Target) -> None:
         self._index.set_note(TARGET, json.dumps(asdict(target)))
@@ -360,7 +431,7 @@ class Checkout:
     def _take_nodes(self, nodes: list[tuple[str, Node]], count: _Count) -> None:
         with self._index.transaction():
             for path, node in nodes:
-                self._tables.add_directory(path, self._children(path, node, count))
+                self.tables.add_directory(path, self._children(path, node, count))
 
     def _children(self, path: str, node: Node, count: _Count) -> Iterator[Walked]:
         """Yield what takes part of a directory's children, and what must be descended into.
@@ -370,11 +441,16 @@ class Checkout:
         prefix = f"{path}/" if path else ""
         room = MAX_PATH_BYTES - len(prefix.encode())
         rules = self._rules
+        modes = self._modes if self._modes.fingerprint else None
         try:
             for name, kind, mode, mtime_ns, size, digest, target, where, blob, offset, length in node.rows():
                 full = prefix + name
                 if not path or len(name) * 4 > room:  # the node has checked the name by itself
                     check_path(full)
+                if modes is not None:
+                    kept = modes.apply(Entry(kind, mode, mtime_ns)).mode
+                    count.left_out = count.left_out or kept != mode
+                    mode = kept  # noqa: PLW2901
                 if kind is _DIR:
                     count.add(0, 0)
                     takes = rules.takes(full, is_dir=True)
@@ -442,7 +518,7 @@ class Checkout:
     def begin(self) -> None:
         """The layout changed: the ``remote`` half describes no generation of ours. Blocking."""
         with self._index.transaction():
-            self._tables.forget_nodes()
+            self.tables.forget_nodes()
             self._keep_target(Target())
 
     async def learn(self) -> None:
@@ -464,6 +540,8 @@ class Checkout:
     def end_apply(self, *, complete: bool, exact: bool) -> Applied:
         """Remember what the mirror has, and let go of what was staged. Blocking.
 
+        The hooks that are due after it are noted in the same transaction, so that a crash before they ran is made good.
+
         :param complete: ``False``: some content was not there; the next round stages it.
         :raises DiskProblem: the disk refused.
         """
@@ -474,6 +552,8 @@ class Checkout:
             crash_point("generation_applied")
             applied = Applied(target.number, target.record, target.root, exact and not target.partial)
         with self._index.transaction():
+            if complete and self._standing.record != applied.record:
+                self._standing.arrived(applied.number, applied.record)
             if complete and self.applied() != applied:
                 self._index.set_note(APPLIED, json.dumps(asdict(applied)))
             if self._index.note(APPLYING):
@@ -484,6 +564,11 @@ class Checkout:
             self._gatherer.tidy()
         return applied
 
+    @property
+    def target(self) -> Target:
+        """The generation that the ``remote`` half of the index describes."""
+        return self._target
+
     def applied(self) -> Applied:
         """Return which generation the mirror has. Blocking."""
         try:
@@ -493,11 +578,15 @@ class Checkout:
 
     def keeps(self) -> KeptNames:
         """Return the names of staged content that a start must not sweep."""
-        return KeptNames(self._tables)
+        return KeptNames(self.tables)
 
     def missing(self) -> bool:
         """Tell whether staged content was not there when a batch needed it, and forget it."""
         return self._gatherer.take_missing()
+
+
+def _nothing_kept(target: Target) -> bool:  # noqa: ARG001
+    return False
 
 
 def _target(note: str) -> Target:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from syncd.errors import ConfigError
+from syncd.hooks import PLACEHOLDERS, placeholders
 from syncd.paths import printable
 from syncd.rules import Rules
 from syncd.settings import failed, split_listen
@@ -58,6 +59,8 @@ def problems_of(settings: Settings, *, resolve: Callable[[Path], str] = os.path.
     check.own_places()
     check.credentials()
     check.patterns()
+    check.signing()
+    check.hooks()
     check.embedded()
     if not settings.publish and not settings.subscribe:
         check.warn((), "nothing to do: there is no [[publish]] and no [[subscribe]]")
@@ -170,6 +173,30 @@ class _Checks:
                         except ConfigError as exc:
                             self.say((section, number, key, index), exc.message)
 
+    def signing(self) -> None:
+        for number, source in enumerate(self.settings.publish):
+            if source.layout != "generations":
+                for key in ("sign_seed_file", "expire_hours"):
+                    if getattr(source, key):
+                        self.say(("publish", number, key), 'only generations are signed: layout = "generations"')
+        for number, mirror in enumerate(self.settings.subscribe):
+            keys = len(mirror.trusted_keys)
+            if keys and mirror.trusted_threshold > keys:
+                loc = ("subscribe", number, "trusted_threshold")
+                self.say(loc, f"{mirror.trusted_threshold} signatures cannot come from {keys} keys")
+            if not keys and mirror.trusted_threshold > 1:
+                self.say(("subscribe", number, "trusted_threshold"), "without trusted_keys nothing is checked")
+
+    def hooks(self) -> None:
+        for number, mirror in enumerate(self.settings.subscribe):
+            for name, known in PLACEHOLDERS.items():
+                argv: tuple[str, ...] = getattr(mirror.hooks, name)
+                loc = ("subscribe", number, "hooks", name)
+                if argv and not argv[0]:
+                    self.say(loc, "the program's name is empty")
+                for word in sorted(placeholders(argv) - known):
+                    self.say(loc, f"{{{word}}} is not known to this hook: there is no staged tree any more")
+
     def embedded(self) -> None:
         nats = self.settings.nats
         if nats.embedded is None:
@@ -204,6 +231,7 @@ def disk_findings(settings: Settings) -> list[Finding]:
     check = _Checks(settings)
     for number, item in enumerate(settings.publish):
         _check_source(check, ("publish", number, "path"), item.path)
+        _check_file(check, ("publish", number, "sign_seed_file"), item.sign_seed_file, secret=True)
     for number, mirror in enumerate(settings.subscribe):
         _check_writable(check, ("subscribe", number, "path"), mirror.path)
     _check_writable(check, ("daemon", "state_dir"), settings.daemon.state_dir)

@@ -24,6 +24,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from syncd import __version__, logs, oneshot, render
+from syncd.cli_channels import COMMANDS
 from syncd.daemon import run_daemon
 from syncd.errors import (
     EXIT_CONFIG,
@@ -497,6 +498,23 @@ def allow(settings: Settings, folder: str) -> int:
 
 
 @cli.command()
+@click.argument("folder")
+@click.argument("generation", metavar="[N]", required=False, type=click.IntRange(min=1))
+@click.option("--clear", is_flag=True, help="Follow the channel again.")
+@_settings()
+def pin(settings: Settings, folder: str, generation: int | None, *, clear: bool) -> int:
+    """Keep this host's mirrors of FOLDER at generation N, whatever their channel says.
+
+    Without N: say where they are kept.
+    """
+    if clear and generation:
+        raise UsageError("--clear goes without a generation")
+    number = _run(oneshot.pin(settings, folder, generation, clear=clear))
+    click.echo(f"{folder}: pinned to generation {number}" if number else f"{folder}: follows its channel")
+    return EXIT_OK
+
+
+@cli.command()
 @click.option("--watch", is_flag=True, help="Show again every second.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @_settings()
@@ -523,6 +541,10 @@ def completion(shell: str) -> int:
     assert source is not None
     click.echo(source(cli, {}, "syncd", "_SYNCD_COMPLETE").source())
     return EXIT_OK
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 # -- rendering -----------------------------------------------------------------------------------------------------

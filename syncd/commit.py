@@ -11,8 +11,7 @@ Rules kept here (docs/architecture.md, docs/format.md):
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Final
@@ -25,16 +24,18 @@ from syncd.errors import FolderTaken, SafetyHalt, StoreFull, WriteConflict
 from syncd.index import LocalRow, RemoteRow
 from syncd.index.blobs import UNSETTLED, Blobs
 from syncd.model import Entry, Kind
+from syncd.moves import generation_signature, move_metadata, read_move, time_text
 from syncd.nodes import NOTE_MAX, Generation, Node, NodeRef, Where, digest_of, encode_record
 from syncd.outlet import Claim, DeletionGuard, PublishOptions, PushResult, Wish
 from syncd.paths import printable
 from syncd.progress import Meter, Progress
 from syncd.relayout import drop_objects, is_blob
 from syncd.retention import Collected, Retention
-from syncd.store.base import CHANNELS, HEAD, BadMeta
+from syncd.store.base import CHANNELS, HEAD, BadMeta, Link
 from syncd.store.codec import Codec
 from syncd.store.mapping import generation_metadata
-from syncd.trees import Commit, TreeReader, number_of
+from syncd.trees import Commit, TreeReader, generation_name, number_of
+from syncd.trust import MOVE, SIGNATURES, WHO_MAX, Move, is_expired
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterable, Iterator
@@ -54,6 +55,10 @@ SOIL_AT_ONCE: Final = 500
 REMEMBER_AT_ONCE: Final = 1000
 LIST_SECONDS: Final = 3600.0
 """How often the bucket's blobs are listed without any doubt."""
+NUMBER: Final = "number"
+"""The note of the highest number that was used; like the next one it outlives the bucket."""
+COUNT: Final = "count"
+"""The note of how many moves of the head were made."""
 RESERVE_BYTES: Final = 256 * 1024
 RESERVE_SHARE: Final = 16
 """What blobs leave free of a limited bucket, at most this part of it: deletes need a commit, too."""
@@ -97,6 +102,7 @@ class Committer:
         self._retention = Retention(options, bucket, self._blobs, thread, clock)
         self._log = log.bind(folder=options.folder, role="publish")
         self._head: Commit | None = None
+        self._pointed: Commit | None = None
         self._last_seq = 0
         self._list_at = 0.0
         self._room: int | None = None
@@ -123,19 +129,69 @@ class Committer:
         """See :class:`syncd.outlet.Outlet`."""
         state = await self._claim.hold(wish)
         await self._thread.run(lambda: self._recognise(state))
-        head = await self._reader.channel(HEAD)
+        pointed = await self._reader.channel(HEAD)
         known = await self._thread.run(lambda: self._index.note("head"))
+        head = await self._newest(pointed) if pointed is not None and pointed.digest != known else pointed
         if head is None and known:
             self._log.warning("head_lost", bucket=self._options.folder)
             await self._thread.run(self._forget_head)
         elif head is not None and head.digest != known:
             await self._adopt(head)
-        self._head = head
-        if head is not None:
-            self.wrote(head.seq)
+        self._head, self._pointed = head, pointed
+        if pointed is not None:
+            self.wrote(pointed.seq)
+            await self._renew(pointed)
         await self._learn_room(state)
         if self._clock() >= self._list_at or await self._is_unsettled():
             await self._list()
+
+    async def _newest(self, pointed: Commit) -> Commit:
+        """Return the newest generation, which the next one follows: a person may have moved the head back since.
+
+        Such a move stands until the source changes: what is in the source was committed already.
+        """
+        number = await self._thread.run(lambda: int(self._index.note(NUMBER, "0"))) or await self._highest()
+        if number <= pointed.generation.number:
+            return pointed
+        newest = await self._reader.generation(number)
+        return pointed if newest is None else newest
+
+    async def _renew(self, pointed: Commit) -> None:
+        """Say anew, in time, that the head is where it is: hosts raise an alarm when nothing fresh arrives."""
+        if not self._options.expire_seconds:
+            return
+        move = read_move(pointed.move)
+        now = self._clock()
+        if move is not None and not is_expired(move.expires, now, slack=-self._options.expire_seconds / 2):
+            return
+        generation = pointed.generation
+        metadata = await self._move_to(generation.number, pointed.digest, "renewed")
+        name = CHANNELS + HEAD
+        link = Link(self._bucket.name, generation_name(generation.number))
+        seq = await self._bucket.put_link(name, link, expected_seq=pointed.seq, metadata=metadata)
+        self._pointed = replace(pointed, seq=seq, move=metadata[MOVE], move_signatures=metadata.get(SIGNATURES, ""))
+        self.wrote(seq)
+        self._log.info("head_renewed", generation=generation.number)
+
+    async def _move_to(self, number: int, record: str, why: str) -> dict[str, str]:
+        """Return the metadata that the head's link gets with its next move."""
+        options, now = self._options, self._clock()
+        before = read_move(self._pointed.move) if self._pointed is not None else None
+        used = await self._thread.run(lambda: int(self._index.note(COUNT, "0")))
+        count = max(used, before.count if before is not None else 0) + 1
+        await self._thread.run(lambda: self._index.set_note(COUNT, str(count)))
+        move = Move(
+            folder=options.folder,
+            channel=HEAD,
+            count=count,
+            number=number,
+            record=record,
+            at=time_text(now),
+            who=options.publisher[:WHO_MAX],
+            why=why,
+            expires=time_text(now + options.expire_seconds) if options.expire_seconds else "",
+        )
+        return move_metadata(move, options.signer)
 
     async def _is_unsettled(self) -> bool:
         return bool(await self._thread.run(lambda: self._index.note(UNSETTLED)))
@@ -184,8 +240,14 @@ class Committer:
             nodes = await self._reader.nodes([ref for _, ref in some])
             pairs = list(zip(some, nodes, strict=True))
             stack.extend(await self._thread.run(partial(self._take_nodes, pairs, head)))
-        await self._thread.run(lambda: self._index.set_note("head", head.digest))
+        await self._thread.run(lambda: self._note_head(head))
         self._log.info("head_adopted", generation=head.generation.number)
+
+    def _note_head(self, head: Commit) -> None:
+        with self._index.transaction():
+            self._index.set_note("head", head.digest)
+            used = int(self._index.note(NUMBER, "0"))
+            self._index.set_note(NUMBER, str(max(used, head.generation.number)))
 
     def _take_nodes(self, pairs: Iterable[tuple[tuple[str, NodeRef], Node]], head: Commit) -> list[tuple[str, NodeRef]]:
         below: list[tuple[str, NodeRef]] = []
@@ -365,9 +427,9 @@ class Committer:
         files += tally.added - tally.removed
         generation = Generation(
             folder=self._options.folder,
-            number=(before.number if before is not None else await self._highest()) + 1,
+            number=await self._next_number(before),
             root=root,
-            created=datetime.fromtimestamp(self._clock(), UTC).isoformat().replace("+00:00", "Z"),
+            created=time_text(self._clock()),
             publisher=self._options.publisher,
             parent=head.digest if head is not None else "",
             files=files,
@@ -380,20 +442,26 @@ class Committer:
             allowed=allowed or (before is not None and before.allowed and files <= 0),
         )
         record = encode_record(generation)
+        digest = digest_of(record)
+        signed = generation_signature(record, self._options.signer)
+        move = await self._move_to(generation.number, digest, "committed")
         crash_point("before_commit")
         try:
             seq = await self._bucket.commit_generation(
                 generation.number,
                 record,
-                generation_metadata(generation, self._options.metadata),
+                generation_metadata(generation, self._options.metadata) | signed,
                 channel=HEAD,
-                expected_seq=head.seq if head is not None else await self._absent_head(),
+                expected_seq=self._pointed.seq if self._pointed is not None else await self._absent_head(),
+                link_metadata=move,
             )
         except WriteConflict as error:
             await self._tell_conflict(error)
             raise
         crash_point("generation_committed")
-        self._head = Commit(generation, digest_of(record), seq)
+        signatures = move.get(SIGNATURES, "")
+        self._head = Commit(generation, digest, seq, record, signed.get(SIGNATURES, ""), move[MOVE], signatures)
+        self._pointed = self._head
         self.wrote(seq)
         await self._thread.run(lambda: self._remember(touched, self._head))
         crash_point("generation_remembered")
@@ -408,6 +476,11 @@ class Committer:
             changed=tally.changed,
             removed=tally.removed,
         )
+
+    async def _next_number(self, before: Generation | None) -> int:
+        """Return a number that was never used: not in this bucket, and not in one of its name that was lost."""
+        used = await self._thread.run(lambda: int(self._index.note(NUMBER, "0")))
+        return max(used, before.number if before is not None else await self._highest()) + 1
 
     async def _highest(self) -> int:
         """Return the highest number that was ever used, for a bucket that has lost its head: numbers only grow."""
@@ -481,6 +554,7 @@ class Committer:
             if commit is not None:
                 self._index.set_note("head", commit.digest)
                 self._index.set_note("position", str(commit.seq))
+                self._index.set_note(NUMBER, str(number))
 
     # -- collection ----------------------------------------------------------------------------------------------------
 

@@ -277,7 +277,9 @@ class _Daemon:
         index_file = self._state.index_file(role, options.folder, options.path)
         allowance = self._state.allowance(role, options.folder)
         if isinstance(options, SubscribeOptions):
-            await Subscriber(options, self._store, index_file, status=status, allowance=allowance).run()
+            pin = self._state.pin(options.folder).number
+            subscriber = Subscriber(options, self._store, index_file, status=status, allowance=allowance, pin=pin)
+            await subscriber.run()
         else:
             await Publisher(options, self._store, index_file, status=status, allowance=allowance).run()
 

@@ -113,6 +113,16 @@ class ObjectCorrupt(SyncdError):
     """An object's chunks do not match its metadata (size, count or digest), or the metadata is not readable."""
 
 
+class BadSignatures(ObjectCorrupt):
+    """What stands where signatures should be is no list of signatures."""
+
+
+class Untrusted(SyncdError):
+    """What the bucket offers is not signed as it must be, is older than what was seen, or contradicts it."""
+
+    exit_code = EXIT_NOPERM
+
+
 class FormatTooNew(SyncdError):
     """The bucket holds a format that a newer version wrote; this one would misread it."""
 

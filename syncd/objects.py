@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from syncd.index import Index
     from syncd.mirror import Mirror
+    from syncd.modes import ModePolicy
     from syncd.problems import ProblemBook
     from syncd.progress import Meter
     from syncd.rules import Rules
@@ -27,11 +28,19 @@ class Objects:
     """See :class:`syncd.upstream.Upstream`."""
 
     def __init__(
-        self, store: Store, bucket: Bucket, index: Index, mirror: Mirror, rules: Rules, thread: FolderThread
+        self,
+        store: Store,
+        bucket: Bucket,
+        index: Index,
+        mirror: Mirror,
+        rules: Rules,
+        thread: FolderThread,
+        *,
+        modes: ModePolicy,
     ) -> None:
         self._index = index
         self._mirror = mirror
-        self._announced = Announced(store, bucket, index, rules, thread)
+        self._announced = Announced(store, bucket, index, rules, thread, modes)
         self._fetcher = Fetcher(store, index, mirror, thread)
         self._thread = thread
 

@@ -330,3 +330,22 @@ def allow(settings: Settings, folder: str) -> list[str]:
     for one in held:
         state.allowance(one.role, folder).give()
     return [one.role for one in held]
+
+
+async def pin(settings: Settings, folder: str, generation: int | None, *, clear: bool) -> int:
+    """Set, clear or return (``generation`` is ``None``) this host's pin of a folder.
+
+    :raises UsageError: this host has no mirror of the folder, or there is no such generation.
+    """
+    if not any(item.folder == folder for item in settings.subscribe):
+        raise UsageError(f"no [[subscribe]] with folder = {folder!r} in the configuration")
+    state = StateDir(settings.daemon.state_dir)
+    state.prepare()
+    here = state.pin(folder)
+    if generation is not None:
+        async with open_history(settings, folder) as history:
+            await history.commit(generation)  # in plain words, where there is none
+        here.set(generation)
+    elif clear:
+        here.set(0)
+    return here.number()

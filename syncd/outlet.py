@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from syncd.model import Problem
     from syncd.progress import Progress
     from syncd.rules import Rules
+    from syncd.signatures import Signer
     from syncd.store.base import Bucket, BucketState, Store
 
 log = structlog.get_logger()
@@ -41,6 +42,8 @@ class PublishOptions:
     :ivar metadata: the folder's own key/values, on every object.
     :ivar compress: whether blobs are compressed where that is worth it (generations layout).
     :ivar keep_generations, keep_days: what is kept at most beside what channels point at, 0: no limit.
+    :ivar signer: signs generations and moves of the head; ``None``: they are unsigned.
+    :ivar expire_seconds: for how long a move of the head counts as fresh; it is renewed in time. 0: for ever.
     """
 
     folder: str
@@ -58,6 +61,8 @@ class PublishOptions:
     compress: bool = True
     keep_generations: int = 50
     keep_days: float = 30.0
+    signer: Signer | None = None
+    expire_seconds: float = 0.0
 
 
 @dataclass(slots=True)

@@ -46,7 +46,9 @@ from pydantic import (
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from syncd.errors import ConfigError
+from syncd.modes import parse_modes
 from syncd.paths import printable
+from syncd.signatures import MAX_SIGNATURES, is_public
 from syncd.tomllines import Loc, locate
 
 if TYPE_CHECKING:
@@ -62,17 +64,7 @@ _MAX_SHOWN = 60
 
 _LATER_KEYS: Mapping[tuple[str, str], str] = {
     ("daemon", "http"): "the metrics and health endpoint",
-    ("publish", "sign_seed_file"): "signing",
-    ("subscribe", "channel"): "following a channel",
-    ("subscribe", "trusted_keys"): "checking signatures",
-    ("subscribe", "modes"): "setting modes",
-    ("subscribe", "keep_releases"): "keeping releases",
     ("subscribe", "rate_limit"): "limiting the rate",
-    ("subscribe", "hooks"): "running hooks",
-}
-_LATER_VALUES: Mapping[tuple[str, str, str], str] = {
-    ("subscribe", "mode", "release"): "release mode",
-    ("subscribe", "extraneous", "delete"): "deleting files that syncd never wrote",
 }
 _NOT_AVAILABLE = "is not available in this version of syncd"
 
@@ -262,6 +254,43 @@ def _pattern(value: str) -> str:
     if not value.strip():
         raise ValueError("a pattern must not be empty")
     return value
+
+
+_CHANNEL = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def _channel(value: str) -> str:
+    if not _CHANNEL.fullmatch(value):
+        raise ValueError("only letters, digits, - and _")
+    if len(value) > _MAX_FOLDER:
+        raise ValueError(f"at most {_MAX_FOLDER} characters")
+    return value
+
+
+def _trusted_key(value: str) -> str:
+    if not is_public(value):
+        raise ValueError("must be the public key that syncd keygen prints (U…)")
+    return value
+
+
+def _different(value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(value)) != len(value):
+        raise ValueError("names a key twice")
+    if len(value) > MAX_SIGNATURES:
+        raise ValueError(f"more than {MAX_SIGNATURES} keys")
+    return value
+
+
+def _modes(value: object) -> object:
+    parse_modes(value)
+    return value
+
+
+def _rate(value: object) -> object:
+    """Read bytes per second: a size, with or without ``/s``."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError('must be a rate such as "4MB/s"')  # noqa: TRY004 - pydantic collects only ValueError
+    return parse_size(value.removesuffix("/s") if isinstance(value, str) else value)
 
 
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -457,23 +486,55 @@ class PublishSettings(_Model):
     max_delete_percent: Annotated[_Float, Field(ge=0, le=100)] = 50.0
     grace_seconds: Annotated[_Float, Field(ge=1, le=30 * 86_400)] = 600.0
     metadata: _Metadata = {}
+    sign_seed_file: _MaybePath = None
+    expire_hours: Annotated[_Float, Field(ge=0, le=87_600)] = 0.0
     bucket: BucketSettings = BucketSettings()
+
+
+class HookSettings(_Model):
+    """``[subscribe.hooks]``: programs as lists of arguments, never a shell's line (docs/hooks.md).
+
+    :ivar timeout_seconds: how long one run may take.
+    :ivar health_seconds: how long ``health`` is tried until it succeeds.
+    :ivar max_failures: after so many applies of one generation that did not end well the host holds at the one before.
+    """
+
+    check: tuple[str, ...] = ()
+    apply: tuple[str, ...] = ()
+    health: tuple[str, ...] = ()
+    timeout_seconds: Annotated[_Float, Field(ge=1, le=86_400)] = 60.0
+    health_seconds: Annotated[_Float, Field(ge=0, le=86_400)] = 30.0
+    max_failures: Annotated[_Int, Field(ge=1, le=100)] = 3
 
 
 class SubscribeSettings(_Model):
     """One ``[[subscribe]]``: a folder and the mirror it is kept in.
 
     :ivar owner: whom everything in the mirror belongs to, see :func:`parse_owner`; "": whoever runs syncd.
+    :ivar pin: the generation to stay at, whatever the channel says; 0: none.
+    :ivar trusted_keys: non-empty: what ``trusted_threshold`` of them have not signed is refused.
+    :ivar keep_releases, read_only, share: of release mode (docs/configuration.md).
+    :ivar verify_rate: bytes per second that are read to find silent changes, 0: none.
     """
 
     folder: _Folder
     path: _Path
-    mode: Literal["mirror"] = "mirror"
+    mode: Literal["mirror", "release"] = "mirror"
+    channel: Annotated[str, AfterValidator(_channel)] = "head"
+    pin: Annotated[_Int, Field(ge=0, le=9_999_999_999)] = 0
     include: _Patterns = ()
     exclude: _Patterns = ()
+    trusted_keys: Annotated[tuple[Annotated[str, AfterValidator(_trusted_key)], ...], AfterValidator(_different)] = ()
+    trusted_threshold: Annotated[_Int, Field(ge=1, le=MAX_SIGNATURES)] = 1
     drift: Literal["repair", "report", "keep"] = "repair"
-    extraneous: Literal["keep"] = "keep"
+    extraneous: Literal["keep", "delete"] = "keep"
+    verify_rate: Annotated[int, BeforeValidator(_rate)] = 4_000_000
     owner: Annotated[str, AfterValidator(_owner)] = ""
+    modes: Annotated[Literal["preserve"] | dict[str, str], BeforeValidator(_modes)] = "preserve"
+    keep_releases: Annotated[_Int, Field(ge=1, le=1000)] = 3
+    read_only: _Bool = True
+    share: Literal["auto", "reflink", "hardlink", "copy"] = "auto"
+    hooks: HookSettings = HookSettings()
     rescan_seconds: _RescanSeconds = 60.0
     settle_ms: _SettleMs = 10
 
@@ -719,7 +780,7 @@ def _type_at(model: type[BaseModel], loc: Loc) -> Any:
             # A later version's key passes, so that validation refuses it by name.
             return str if depth == 1 and (loc[0], part) in _LATER_KEYS else None
         info = kind.model_fields[part]
-        if any(isinstance(item, BeforeValidator) and item.func is _max_bytes for item in info.metadata):
+        if any(isinstance(item, BeforeValidator) and item.func in {_max_bytes, _rate} for item in info.metadata):
             return str
         kind = _unwrapped(info.annotation)
     return kind
@@ -791,8 +852,7 @@ def _problem(error: Any, origin: Origin) -> tuple[int, str]:
         later = _LATER_KEYS.get(section) if at_section else None
         text = f"{later} {_NOT_AVAILABLE}" if later else "unknown key" + _suggestion(loc)
     elif kind == "literal_error":
-        later = _LATER_VALUES.get((*section, value)) if at_section and isinstance(value, str) else None
-        text = f"{later} {_NOT_AVAILABLE}" if later else f"must be {error['ctx']['expected']}"
+        text = f"must be {error['ctx']['expected']}"
         shown = _shown(loc, value)
     else:
         ctx = error.get("ctx", {})

@@ -4,6 +4,7 @@
     <state_dir>/<role>-<folder>-<tag>/index.db  one index per folder and path, locked by SQLite
     <state_dir>/status/<role>-<folder>-<tag>.json, daemon.json
     <state_dir>/allow/<role>-<folder>           a person's word on a safety halt, used once
+    <state_dir>/pin/<folder>                    the generation that a person wants this host to stay at
     <state_dir>/nats/                           the embedded server's store
 
 Status files are caches for people: written by rename, never synced; a torn or foreign one is ignored.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 DAEMON_FILE = "daemon.json"
 LOCK_TRIES = 10
+PIN_DIGITS = 10
 LOCK_WAIT_SECONDS = 0.02
 
 
@@ -56,6 +58,36 @@ class FileAllowance(Allowance):
             self._file.unlink(missing_ok=True)
 
 
+class Pin:
+    """A person's pin of a folder on this host, as a small file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def number(self) -> int:
+        """Return the generation to stay at, 0 for none; a file that is no pin pins nothing."""
+        try:
+            text = self._file.read_text("ascii").strip()
+        except (OSError, ValueError):
+            return 0
+        return int(text) if text.isdigit() and len(text) <= PIN_DIGITS else 0
+
+    def set(self, number: int) -> None:
+        """Stay at a generation; 0: follow the channel again.
+
+        :raises DiskProblem: the state directory cannot be written.
+        """
+        try:
+            if not number:
+                self._file.unlink(missing_ok=True)
+                return
+            draft = self._file.with_name(f".{self._file.name}.{os.getpid()}")
+            draft.write_text(f"{number}\n")
+            draft.replace(self._file)
+        except OSError as error:
+            raise DiskProblem(f"cannot write {self._file}: {error.strerror}", hint="use the daemon's user") from error
+
+
 class StateDir:
     """One state directory. All methods block briefly."""
 
@@ -69,7 +101,7 @@ class StateDir:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o750)
-            for name in ("status", "allow"):
+            for name in ("status", "allow", "pin"):
                 (self.root / name).mkdir(exist_ok=True)
         except OSError as error:
             raise DiskProblem(
@@ -107,6 +139,10 @@ class StateDir:
     def allowance(self, role: str, folder: str) -> FileAllowance:
         """Return where a person's word on a folder's safety halt is found."""
         return FileAllowance(self.root / "allow" / f"{role}-{folder}")
+
+    def pin(self, folder: str) -> Pin:
+        """Return where a person's pin of a folder is found."""
+        return Pin(self.root / "pin" / folder)
 
     # -- status ----------------------------------------------------------------------------------------------------
 

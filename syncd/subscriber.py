@@ -15,25 +15,31 @@ Rules kept here (docs/architecture.md):
 
 from __future__ import annotations
 
+import asyncio
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import structlog
 
 from syncd.agenda import Agenda
-from syncd.checkout import Checkout, NoGeneration
+from syncd.checkout import Checkout, Held, NoGeneration
 from syncd.concurrency import run_together
 from syncd.crashpoints import crash_point
-from syncd.drift import DriftCheck
-from syncd.errors import DiskProblem, FormatTooNew, ObjectCorrupt, ObjectGone, SafetyHalt, UsageError
+from syncd.drift import DriftCheck, keep_auditing
+from syncd.errors import DiskProblem, FormatTooNew, ObjectCorrupt, ObjectGone, SafetyHalt, Untrusted, UsageError
+from syncd.extraneous import Extraneous
+from syncd.guard import Guard, TrustNote
 from syncd.index import Index, LocalRow, RemoteRow
-from syncd.mirror import Mirror
+from syncd.mirror import ContentChanged, Mirror
+from syncd.mirrorwatch import MirrorWatch
 from syncd.model import Kind, Problem
 from syncd.objects import Objects
 from syncd.plan import Difference, DirMeta, mirror_halt, parents_of, plan_mirror
 from syncd.progress import Meter, Progress
+from syncd.rollout import Rollout, RolloutOptions, WentBack
 from syncd.service import FolderThread, keep_rounds
+from syncd.standing import Standing
 from syncd.status import Allowance, StatusKeeper
 from syncd.store.base import HEAD
 from syncd.trees import layout_of
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
     from syncd.rules import Rules
     from syncd.store.base import Bucket, BucketState, Hints, Store
     from syncd.trees import Layout
+    from syncd.trust import Trust
     from syncd.upstream import Fetch, Row, Upstream
 
 log = structlog.get_logger()
@@ -62,6 +69,9 @@ MAX_FAILURES = 10_000
 GATHER_PATHS = 4000
 """Differences looked at together while a generation is gathered."""
 LAYOUT = "layout"
+TRUST_FILE = "trust.json"
+"""Beside the index, which may be lost and rebuilt: what was seen must not be."""
+PIN_SECONDS = 0.5
 LIST_SECONDS = 3600.0
 """How often a full round lists the whole bucket: tombstones do not live for ever, and others may purge."""
 
@@ -75,6 +85,10 @@ class SubscribeOptions:
     :ivar settle_seconds: quiet time after a hint, so that what was written together is applied together.
     :ivar rescan_seconds: how often the mirror's files and the bucket are compared without any hint.
     :ivar channel: which channel to follow (generations layout).
+    :ivar pin: the generation to stay at, whatever the channel says; 0: none.
+    :ivar trust: the keys that must have signed what is gone to; ``None``: nothing is checked.
+    :ivar extraneous: what becomes of files that syncd never wrote.
+    :ivar verify_rate: bytes per second that are read to find silent changes, 0: none.
     """
 
     folder: str
@@ -85,6 +99,11 @@ class SubscribeOptions:
     settle_seconds: float = 0.01
     rescan_seconds: float = 60.0
     channel: str = HEAD
+    pin: int = 0
+    trust: Trust | None = None
+    extraneous: Literal["keep", "delete"] = "keep"
+    verify_rate: int = 0
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +132,36 @@ class _Count:
     mirrored: int = 0
 
 
+@dataclass(slots=True)
+class _Trip:
+    """One round on its way.
+
+    :ivar touched: paths that may differ, ``None`` for all.
+    :ivar checked: the whole mirror was compared with the index.
+    :ivar listed: the whole bucket was listed.
+    :ivar regathered: how often content was not any more what it was.
+    """
+
+    full: bool
+    allow_delete: bool
+    progress: Callable[[Progress], None] | None
+    result: PullResult = field(default_factory=PullResult)
+    touched: set[str] | None = field(default_factory=set)
+    checked: bool = False
+    listed: bool = False
+    regathered: int = 0
+
+    def touch(self, paths: Collection[str] | None) -> None:
+        """Add paths that may differ, ``None`` for all."""
+        self.touched = None if paths is None or self.touched is None else {*self.touched, *paths}
+
+
 class Subscriber:
     """Keeps one mirror directory equal to one bucket.
 
     :param index_file: where the index lives; ``None``: in memory.
     :param allowance: a person's word on a safety halt; none is ever given without it.
+    :param pin: returns the generation that a person of this host wants it to stay at, 0 for none.
     """
 
     def __init__(
@@ -128,6 +172,7 @@ class Subscriber:
         *,
         status: StatusKeeper,
         allowance: Allowance | None = None,
+        pin: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._options = options
@@ -136,12 +181,17 @@ class Subscriber:
         self._index_file = index_file
         self._status = status
         self._allowance = allowance or Allowance()
+        self._pin = pin
         self._clock = clock
         self._thread = FolderThread(f"mirror-{options.folder}")
         self._index: Index
         self._mirror: Mirror
         self._objects: Objects
         self._checkout: Checkout
+        self._rollout: Rollout
+        self._standing: Standing
+        self._extraneous: Extraneous
+        self._suspected: set[str] = set()
         self._layout: Layout | None = None
         self._layout_of = ""
         self._drift: DriftCheck
@@ -167,7 +217,7 @@ class Subscriber:
             async with self._bucket.hints() as hints:
                 rounds = keep_rounds(
                     agenda,
-                    lambda paths, allowed: self._round(full=paths is None, allow_delete=allowed),
+                    lambda paths, allowed: self._kept_round(full=paths is None, allowed=allowed),
                     lambda result: self._finish_round(result, agenda),
                     status=self._status,
                     allowance=self._allowance,
@@ -175,7 +225,10 @@ class Subscriber:
                     rescan=self._options.rescan_seconds,
                     log=self._log,
                 )
-                await run_together(rounds, self._feed_bucket(hints, agenda))
+                others = [self._feed_drift(agenda), self._feed_pin(agenda)]
+                if self._options.verify_rate:
+                    others.append(self._audit(agenda))
+                await run_together(rounds, self._feed_bucket(hints, agenda), *others)
         finally:
             await self._close()
 
@@ -196,7 +249,7 @@ class Subscriber:
         """
         try:
             await self._open()
-            self._checkout.explicit = generation
+            self._checkout.explicit = generation or self._options.pin
             result = await self._round(full=True, allow_delete=allow_delete, progress=progress)
             result.problems = self._problems()
             return result
@@ -207,12 +260,30 @@ class Subscriber:
         def opened() -> list[Placed]:
             options = self._options
             self._index = Index(self._index_file)
-            self._mirror = Mirror.open(options.path, owner=options.owner)
+            rollout = options.rollout
+            self._mirror = Mirror.open(options.path, owner=options.owner, mode=rollout.mode)
+            self._standing = Standing(self._index, hooked=rollout.hooked)
+            note = TrustNote(self._index_file and self._index_file.with_name(TRUST_FILE))
+            guard = Guard(self._bucket, options.channel, options.trust, note, self._thread, self._clock)
             half = (self._index, self._mirror, options.rules, self._thread)
-            self._objects = Objects(self._store, self._bucket, *half)
-            self._checkout = Checkout(self._bucket, options.channel, *half)
+            self._objects = Objects(self._store, self._bucket, *half, modes=rollout.modes)
+            self._checkout = Checkout(
+                self._bucket, options.channel, *half, guard=guard, standing=self._standing, modes=rollout.modes
+            )
+            self._rollout = Rollout(
+                rollout,
+                self._checkout,
+                self._standing,
+                self._index,
+                self._mirror,
+                self._thread,
+                folder=options.folder,
+                index_file=self._index_file,
+            )
             self._drift = DriftCheck(self._mirror, self._index, options.drift, options.folder)
+            self._extraneous = Extraneous(self._mirror, self._index, options.rules, options.folder)
             placed = self._mirror.recover(self._checkout.keeps())
+            self._rollout.recover()
             self._drift.settle()
             return placed
 
@@ -232,11 +303,15 @@ class Subscriber:
 
         if hasattr(self, "_drift"):
             self._drift.stopping = True  # the thread may be in the middle of a check: it looks between paths
+        if hasattr(self, "_extraneous"):
+            self._extraneous.stopping = True
         await self._thread.close(closed)
 
     def _problems(self) -> list[Problem]:
         upstream = self._upstream.problems.all() if self._layout is not None else []
-        return sorted(upstream + self._drift.problems.all(), key=lambda problem: problem.path)
+        return sorted(
+            upstream + self._drift.problems.all() + self._extraneous.problems, key=lambda problem: problem.path
+        )
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
@@ -254,8 +329,49 @@ class Subscriber:
                 agenda.settle = 0.0 if self._layout == "generations" else self._options.settle_seconds
                 agenda.hint([""])
 
+    async def _feed_drift(self, agenda: Agenda) -> None:
+        """Look at what somebody else changes in the mirror."""
+
+        async def suspects(paths: frozenset[str]) -> Collection[str]:
+            return await self._thread.run(lambda: self._drift.suspects(paths))
+
+        path = self._options.path
+        tree = path / "current" if self._rollout.is_release else path
+        async with MirrorWatch(lambda: tree, suspects) as watch:
+            while True:
+                hints = await watch.next()
+                if hints.rescan:
+                    agenda.full()
+                else:
+                    self._suspect(hints.paths, agenda)
+
+    def _suspect(self, paths: Collection[str], agenda: Agenda) -> None:
+        self._suspected.update(paths)
+        agenda.hint([""])
+
+    async def _audit(self, agenda: Agenda) -> None:
+        await keep_auditing(
+            self._drift,
+            self._thread.run,
+            lambda paths: self._suspect(paths, agenda),
+            rate=self._options.verify_rate,
+        )
+
+    async def _feed_pin(self, agenda: Agenda) -> None:
+        """Take notice of a person's pin within a second."""
+        known = self._pin()
+        while True:
+            await asyncio.sleep(PIN_SECONDS)
+            if (now := self._pin()) != known:
+                known = now
+                agenda.wake()
+
     async def _finish_round(self, result: PullResult, agenda: Agenda) -> None:
         agenda.done(self._full_seconds)
+        self._tell(result)
+        self._status.in_sync()
+
+    def _tell(self, result: PullResult) -> None:
         if result.placed or result.removed or result.drifted:
             self._log.info(
                 "mirrored",
@@ -266,53 +382,99 @@ class Subscriber:
                 reused_bytes=result.reused_bytes,
             )
         self._status.set_problems(self._problems())
-        self._status.in_sync()
+
+    async def _kept_round(self, *, full: bool, allowed: bool) -> PullResult:
+        """Do a round of the daemon's.
+
+        :param allowed: a person gave a word while something was held: on refused generations where there are any, else
+            on deletions.
+        """
+        if allowed and self._standing.holds:
+            await self._thread.run(self._standing.forget_refusals)
+            allowed, full = False, True
+        self._checkout.explicit = self._pin() or self._options.pin
+        return await self._round(full=full, allow_delete=allowed)
 
     async def _round(
         self, *, full: bool, allow_delete: bool, progress: Callable[[Progress], None] | None = None
     ) -> PullResult:
         """Bring the mirror up to the bucket: everything, or what changed since the last round.
 
-        :raises SafetyHalt: removals are held; nothing of the plan is done.
+        :raises SafetyHalt: removals are held, and nothing of the plan is done; or a generation is held back, and what
+            is applied is as it must be.
         """
         started = time.monotonic()
-        result = PullResult()
-        await self._finish_interrupted(result)
-        touched: set[str] | None = set()
-        checked = False
-        while True:
-            hinted, self._hinted = self._hinted, 0
-            state = await self._bucket.state()
-            await self._choose_layout(state, full=full)
-            listing = full and not checked and (started >= self._list_at or self._upstream.listing_wanted)
-            try:
-                found = await self._upstream.catch_up(state, full=listing, hinted=hinted)
-                touched = None if found is None or touched is None else {*touched, *found}
-                for path in touched or ():
-                    self._failures.pop(path, None)
-                if full and not checked:
-                    await self._thread.run(self._drift.check)
-                    checked = True
-                await self._bring_up(None if full else touched, result, allow_delete=allow_delete, progress=progress)
-                self._refused = False
-                break
-            except Overtaken:
-                self._log.info("generation_overtaken")
-            except (ObjectCorrupt, ObjectGone, FormatTooNew):
-                self._refused = True
-                self._status.set_problems(self._problems())
-                if not await self._is_overtaken():
-                    raise
-            except NoGeneration:
-                self._refused = True
-                raise
-        if full:
-            self._list_at = started + LIST_SECONDS if listing else self._list_at
+        trip = _Trip(full, allow_delete, progress)
+        result = trip.result
+        trip.full = await self._finish_interrupted(result) or full
+        while not await self._go(trip, started):
+            pass
+        if trip.full:
+            self._list_at = started + LIST_SECONDS if trip.listed else self._list_at
             self._full_seconds = time.monotonic() - started
-        if full or result.placed or result.removed:
+        held = self._checkout.held if self._layout == "generations" else None
+        if trip.full and held is None:
+            result.removed += await self._remove_extraneous(allow_delete=allow_delete)
+        if trip.full or result.placed or result.removed:
             entries, size = await self._thread.run(lambda: (self._index.count_local(), self._index.local_bytes()))
             self._status.set(entries=entries, bytes=size)
+        if held is not None:
+            self._refused = True
+            self._tell(result)
+            raise held
         return result
+
+    async def _go(self, trip: _Trip, started: float) -> bool:
+        """Go to where the bucket points once; tell whether that was reached."""
+        hinted, self._hinted = self._hinted, 0
+        state = await self._bucket.state()
+        await self._choose_layout(state, full=trip.full)
+        listing = trip.full and not trip.checked and (started >= self._list_at or self._upstream.listing_wanted)
+        trip.listed = trip.listed or listing
+        try:
+            found = await self._upstream.catch_up(state, full=listing, hinted=hinted)
+            trip.touch(found)
+            for path in trip.touched or ():
+                self._failures.pop(path, None)
+            await self._look_for_drift(trip)
+            await self._bring_up(trip)
+        except Overtaken:
+            self._log.info("generation_overtaken")
+        except WentBack:
+            trip.full = True
+        except ContentChanged as error:
+            trip.regathered += 1
+            if trip.regathered >= MAX_PASSES:
+                raise
+            self._log.info("gathered_again", reason=error.message)
+            trip.full = True
+        except (ObjectCorrupt, ObjectGone, FormatTooNew, Untrusted, Held):
+            self._refused = True
+            self._status.set_problems(self._problems())
+            if not await self._is_overtaken():
+                raise
+        except NoGeneration:
+            self._refused = True
+            raise
+        else:
+            self._refused = False
+            return True
+        return False
+
+    async def _look_for_drift(self, trip: _Trip) -> None:
+        suspected, self._suspected = self._suspected, set()
+        if trip.full and not trip.checked:
+            await self._thread.run(self._drift.check)
+            trip.checked = True
+        elif suspected:
+            trip.touch(await self._thread.run(lambda: self._drift.check(suspected)))
+
+    async def _remove_extraneous(self, *, allow_delete: bool) -> int:
+        if self._options.extraneous != "delete" or self._upstream.in_doubt:
+            return 0
+        return await self._thread.run(
+            lambda: self._extraneous.remove(spare=self._upstream.refuses, allow_delete=allow_delete)
+        )
 
     async def _choose_layout(self, state: BucketState, *, full: bool) -> None:
         """Take up the layout that the bucket has now.
@@ -334,6 +496,11 @@ class Subscriber:
             if before != layout:
                 await self._thread.run(lambda: self._index.set_note(LAYOUT, layout))
             self._layout, self._layout_of = layout, state.created
+        if self._layout == "objects" and self._rollout.is_release:
+            raise UsageError(
+                f"folder {self._options.folder!r} has the objects layout, which release mode cannot build from",
+                hint='set mode = "mirror", or publish it with layout = "generations"',
+            )
         if self._layout == "objects" and self._checkout.explicit:
             raise UsageError(f"folder {self._options.folder!r} has the objects layout, which knows no generations")
 
@@ -346,25 +513,19 @@ class Subscriber:
 
     # -- plan, stage, apply ----------------------------------------------------------------------------------------
 
-    async def _bring_up(
-        self,
-        touched: Collection[str] | None,
-        result: PullResult,
-        *,
-        allow_delete: bool,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
+    async def _bring_up(self, trip: _Trip) -> None:
         """Apply all differences in batches; each batch is staged whole before anything changes."""
+        touched, result = None if trip.full else trip.touched, trip.result
         count = await self._thread.run(lambda: self._count(touched))
         reason = mirror_halt(
             count.removes, count.mirrored, count.adds, allowed=count.allowed, unexplained=count.unexplained
         )
-        if reason and not allow_delete:
+        if reason and not trip.allow_delete:
             raise SafetyHalt(
                 f"mirror of {self._options.folder!r}: {reason}",
                 hint=f"if that is meant: syncd allow {self._options.folder}, or syncd pull --allow-delete",
             )
-        meter = Meter(progress, count.changes, count.size)
+        meter = Meter(trip.progress, count.changes, count.size)
         self._status.set(pending=count.changes + count.removes)
 
         async def pages(after: str) -> tuple[list[Row], str | None]:
@@ -372,10 +533,34 @@ class Subscriber:
 
         if count.changes:
             await self._upstream.gather(pages, result, meter, self._is_overtaken)
-        await self._apply(touched, result, meter)
-        self._upstream.forget_removals()
         if self._layout == "generations":
-            await self._end_generation(result)
+            await self._roll_out(touched, result, meter)
+        else:
+            await self._apply(touched, result, meter)
+            self._upstream.forget_removals()
+
+    async def _roll_out(self, touched: Collection[str] | None, result: PullResult, meter: Meter) -> None:
+        """Bring the generation that was gathered into place, with its hooks.
+
+        :raises Held: a hook refuses it.
+        :raises WentBack: hooks failed afterwards.
+        """
+        moving = await self._thread.run(self._rollout.moving)
+        if moving and self._standing.refused(self._checkout.target.record):
+            return  # what is announced is not gone to, and what is here cannot be read any more: it stays
+        if moving and self._rollout.is_release and not await self._thread.run(self._rollout.is_current):
+            before = await self._thread.run(self._index.count_local)
+            await self._rollout.release(self._changes(touched), self._drift.problems)
+            result.placed += max(0, await self._thread.run(self._index.count_local) - before)
+        else:
+            if moving and not self._rollout.is_release:
+                await self._rollout.check_mirror(self._changes(touched))
+            await self._apply(touched, result, meter)
+        self._upstream.forget_removals()
+        await self._end_generation(result)
+
+    def _changes(self, touched: Collection[str] | None) -> Iterator[Row]:
+        return (row for row in self._index.diff(touched) if not self._left_alone(*row))
 
     async def _apply(self, touched: Collection[str] | None, result: PullResult, meter: Meter) -> None:
         begun = False
@@ -396,14 +581,24 @@ class Subscriber:
                 break
             # A directory whose children were removed by a later batch than its own is removed by the next pass.
 
-    async def _finish_interrupted(self, result: PullResult) -> None:
-        """Roll forward a generation whose application was cut off: what it needs is staged, no network is asked."""
-        if not await self._thread.run(lambda: self._checkout.interrupted):
-            return
-        self._layout = "generations"
-        self._log.info("generation_rolled_forward")
-        await self._apply(None, result, Meter(None))
-        await self._end_generation(result)
+    async def _finish_interrupted(self, result: PullResult) -> bool:
+        """Roll forward a generation whose application was cut off: what it needs is staged, no network is asked.
+
+        :returns: whether it was gone back from, so that everything is to be looked at.
+        """
+        interrupted = await self._thread.run(lambda: self._checkout.interrupted)
+        try:
+            if interrupted:
+                self._layout = "generations"
+                self._log.info("generation_rolled_forward")
+                await self._apply(None, result, Meter(None))
+                await self._end_generation(result)
+            elif self._standing.due:
+                self._log.info("hooks_run_again", generation=self._standing.number)
+                await self._rollout.finish()
+        except WentBack:
+            return True
+        return False
 
     async def _end_generation(self, result: PullResult) -> None:
         """Remember the generation that the mirror has now.
@@ -421,6 +616,7 @@ class Subscriber:
         self._status.set(generation=applied.number, root=applied.root, exact=applied.exact)
         if not complete:
             raise DiskProblem("staged content vanished before it was put in place", hint="it is staged again")
+        await self._rollout.finish()
         await self._checkout.learn()
 
     def _count(self, touched: Collection[str] | None) -> _Count:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from syncd.errors import FormatTooNew, ObjectCorrupt, ObjectGone, SyncdError
@@ -31,6 +31,7 @@ from syncd.nodes import (
 )
 from syncd.paths import printable
 from syncd.store.base import CHANNELS, GENERATIONS, HEAD
+from syncd.trust import MOVE, SIGNATURES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Sequence
@@ -101,11 +102,18 @@ class Commit:
 
     :ivar digest: BLAKE3 of the record.
     :ivar seq: sequence of the metadata message it was found by: the channel's, or the generation object's own.
+    :ivar record: the record's bytes.
+    :ivar signatures: the text of the record's signatures, "" where it has none.
+    :ivar move, move_signatures: the texts of the channel's move and of its signatures, where a channel led to it.
     """
 
     generation: Generation
     digest: str
     seq: int
+    record: bytes = b""
+    signatures: str = ""
+    move: str = ""
+    move_signatures: str = ""
 
 
 class TreeReader:
@@ -138,7 +146,8 @@ class TreeReader:
         found = await self.generation(number)
         if found is None:
             raise ObjectGone(f"channel {name!r} points at generation {number}, which is gone")
-        return Commit(found.generation, found.digest, info.seq)
+        metadata = info.metadata
+        return replace(found, seq=info.seq, move=metadata.get(MOVE, ""), move_signatures=metadata.get(SIGNATURES, ""))
 
     async def generation(self, number: int) -> Commit | None:
         """Return a generation by its number, ``None`` where there is none (any more).
@@ -157,7 +166,8 @@ class TreeReader:
                     f"generation {number} holds the record of generation {generation.number} "
                     f"of folder {generation.folder!r}"
                 )
-            return Commit(generation, digest_of(record), info.seq)
+            signatures = info.metadata.get(SIGNATURES, "")
+            return Commit(generation, digest_of(record), info.seq, record, signatures)
         raise ObjectGone(f"the record of generation {number} is gone")
 
     # -- nodes -------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import faults
 from tests.support.server import NatsServer
 
 if TYPE_CHECKING:
@@ -32,9 +34,28 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServ
         server.stop()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-results", metavar="FILE", help="write the results of fault tests, for tests/faults.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--fault-results")
+    if file and not hasattr(config, "workerinput"):  # with xdist, the reports of all workers arrive in one process
+        config.pluginmanager.register(faults.ResultWriter(Path(file)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each report say which faults its test provokes."""
+    for item in items:
+        ids = [one for mark in item.iter_markers(faults.IDS) for one in faults.split_ids(mark.args)]
+        if ids:
+            item.user_properties.append((faults.IDS, " ".join(ids)))
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Let a report travel between processes: what a test logged may hold undecodable names."""
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    faults.count_runs(report, getattr(item, "hypothesis_statistics", ""))
     return report

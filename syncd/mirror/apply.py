@@ -37,6 +37,7 @@ from syncd.mirror.root import (
     kind_of,
     lstat_at,
     open_regular,
+    same_stat,
     split,
     to_stat,
 )
@@ -98,17 +99,6 @@ class Outcome:
     placed: list[Placed] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     drifted: list[str] = field(default_factory=list)
-
-
-def same_stat(found: Stat, assumed: Stat | None) -> bool:
-    """Tell whether a path is as it was (device numbers change when a machine starts again, so they do not count)."""
-    return (
-        assumed is not None
-        and found.size == assumed.size
-        and found.mtime_ns == assumed.mtime_ns
-        and found.ctime_ns == assumed.ctime_ns
-        and found.ino == assumed.ino
-    )
 
 
 def same_as_entry(found: os.stat_result, entry: Entry) -> bool:

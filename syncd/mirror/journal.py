@@ -1,8 +1,9 @@
 """The journal: one batch, written down before the first path of the mirror changes.
 
-Format, version 1: lines of ASCII JSON. A header ``{"syncd_journal": 1, "drift": policy, "steps": count}``, one array
-per step in the order of execution, and ``{"blake3": hex}`` of all bytes before that line. ``json`` escapes everything
-outside ASCII, control characters and lone surrogates, so a name never breaks a line.
+Format, version 1: lines of ASCII JSON. A header ``{"syncd_journal": 1, "drift": policy, "steps": count}``, with
+``"release": name`` where the batch is for one, one array per step in the order of execution, and ``{"blake3": hex}`` of
+all bytes before that line. ``json`` escapes everything outside ASCII, control characters and lone surrogates, so a name
+never breaks a line.
 
 Rules kept here:
  * the rename of a complete, synced ``journal.new`` to ``journal`` (and the sync of its directory) is the commit point
@@ -43,10 +44,14 @@ _LINES_PER_WRITE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """A committed batch and the policy it was committed under."""
+    """A committed batch and the policy it was committed under.
+
+    :ivar release: the tree that it is for; "": the root.
+    """
 
     plan: MirrorPlan
     drift: str
+    release: str = ""
 
 
 class TornJournalError(ValueError):
@@ -88,11 +93,12 @@ def _steps(plan: MirrorPlan) -> Iterator[list[Any]]:
         yield ["dirmeta", meta.path, meta.mode, meta.mtime_ns]
 
 
-def encode(plan: MirrorPlan, drift: str) -> Iterator[bytes]:
+def encode(plan: MirrorPlan, drift: str, release: str = "") -> Iterator[bytes]:
     """Yield the journal's bytes in pieces of bounded size."""
     count = sum(map(len, (plan.clear, plan.make_dirs, plan.place, plan.set_meta, plan.remove, plan.dir_meta)))
     digest = blake3()
-    lines = [json.dumps({"syncd_journal": VERSION, "drift": drift, "steps": count})]
+    header = {"syncd_journal": VERSION, "drift": drift, "steps": count} | ({"release": release} if release else {})
+    lines = [json.dumps(header)]
     for step in _steps(plan):
         lines.append(json.dumps(step, separators=(",", ":")))
         if len(lines) >= _LINES_PER_WRITE:
@@ -117,6 +123,7 @@ def decode(data: bytes) -> Journal:
     try:
         header = json.loads(first)
         version, drift, count = header["syncd_journal"], header.get("drift"), header.get("steps")
+        release = header.get("release", "")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise TornJournalError("no header") from None
     if version != VERSION:
@@ -130,9 +137,9 @@ def decode(data: bytes) -> Journal:
         plan = _decode_steps(lines)
     except (ValueError, TypeError, KeyError, IndexError) as exc:
         raise ForeignJournalError(f"a step that this syncd does not know: {exc}") from exc
-    if len(lines) != count or not isinstance(drift, str):
+    if len(lines) != count or not isinstance(drift, str) or not isinstance(release, str):
         raise ForeignJournalError("header and steps do not fit together")
-    return Journal(plan, drift)
+    return Journal(plan, drift, release)
 
 
 def _decode_steps(lines: list[list[Any]]) -> MirrorPlan:
@@ -174,13 +181,14 @@ class JournalFile:
             raise disk_problem(exc, "cannot look for a journal") from exc
         return True
 
-    def write(self, plan: MirrorPlan, drift: str) -> None:
+    def write(self, plan: MirrorPlan, drift: str, release: str = "") -> None:
         """Commit a batch: when this returns, the batch is durable.
 
+        :param release: the tree that it is for.
         :raises DiskProblem: no room, an I/O error: nothing is committed.
         """
         try:
-            self._write_unfinished(plan, drift)
+            self._write_unfinished(plan, drift, release)
             # a crash here leaves journal.new and the old tree: the next recover() sweeps it
             os.rename(UNFINISHED, JOURNAL, src_dir_fd=self._dir, dst_dir_fd=self._dir)
             os.fsync(self._dir)
@@ -188,11 +196,11 @@ class JournalFile:
         except OSError as exc:
             raise self._take_back(exc) from exc
 
-    def _write_unfinished(self, plan: MirrorPlan, drift: str) -> None:
+    def _write_unfinished(self, plan: MirrorPlan, drift: str, release: str) -> None:
         self._unlink(UNFINISHED)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(UNFINISHED, flags, 0o600, dir_fd=self._dir), "wb") as file:
-            for piece in encode(plan, drift):
+            for piece in encode(plan, drift, release):
                 half = len(piece) // 2
                 file.write(piece[:half])
                 file.flush()

@@ -9,17 +9,18 @@ The order of one batch, and what a crash at each arrow leaves:
     -> apply               old and new paths, each whole; rolled forward
     -> sync                the new tree, perhaps not durable, and the journal; rolled forward
     -> remove the journal  the new tree; what the caller did not remember its next reconcile finds
+
+In release mode whole trees are built and switched to (:mod:`syncd.mirror.release` has that order), and a batch mends
+the current release in place.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
-import stat
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import structlog
 
@@ -27,8 +28,12 @@ from syncd.crashpoints import crash_point
 from syncd.errors import DiskProblem, FileChanged, Locked
 from syncd.mirror.apply import DRIFT_POLICIES, Apply, Outcome, Placed
 from syncd.mirror.assembly import Assembly
+from syncd.mirror.build import Builder
 from syncd.mirror.journal import JournalFile
-from syncd.mirror.root import Dirs, Disk, PathRefused, View, disk_problem, lstat_at, open_regular, open_root, split
+from syncd.mirror.own import open_own, quietly, remove_tree
+from syncd.mirror.release import Releases, view_current
+from syncd.mirror.root import Dirs, Disk, View, disk_problem, lstat_at, open_root, without_ctime
+from syncd.mirror.share import Sharer
 from syncd.mirror.staging import PART_NAME, STAGED_NAME, Stage, Staged, stage_many
 from syncd.model import Kind, Problem, Stat
 from syncd.paths import PRIVATE_DIR, printable
@@ -38,15 +43,17 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from syncd.mirror.build import BuildItem, Built
+    from syncd.mirror.share import Share
     from syncd.model import Entry
     from syncd.plan import MirrorPlan
 
 log = structlog.get_logger()
 
-_PRIVATE_MODE = 0o700
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+Mode = Literal["mirror", "release"]
 _LOCK = "lock"
 _STAGE = "stage"
+_CHECK = "check"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -79,7 +86,11 @@ class _Either:
 
 
 class Mirror:
-    """The only writer of one mirror: holds its root by descriptor and its lock by flock. Thread-confined, blocking."""
+    """The only writer of one mirror: holds its root by descriptor and its lock by flock. Thread-confined, blocking.
+
+    The *tree* is what is looked at and changed: in mirror mode the root, in release mode the current release; there it
+    may be missing, then nothing is in it. Every stat that comes out of a release has no ctime.
+    """
 
     def __init__(
         self,
@@ -87,27 +98,31 @@ class Mirror:
         root_fd: int,
         private_fd: int,
         lock_fd: int,
-        stage_fd: int,
-        *,
-        owner: tuple[int, int] | None = None,
+        stage: Stage,
+        releases: Releases | None = None,
     ) -> None:
         """Take over open descriptors; see :meth:`open`."""
         self.root = root
-        self._fds = [lock_fd, stage_fd, private_fd, root_fd]
+        self._fds = [lock_fd, stage.fd, private_fd, root_fd]
         self._root_fd = root_fd
         self._private_fd = private_fd
-        self._view = View(root, root_fd)
-        self._stage = Stage(stage_fd, owner)
+        self._releases = releases
+        self._whole = View(root, root_fd)
+        self._stage = stage
         self._journal = JournalFile(private_fd)
 
     @classmethod
-    def open(cls, root: Path, *, create: bool = True, owner: tuple[int, int] | None = None) -> Mirror:
+    def open(
+        cls, root: Path, *, create: bool = True, owner: tuple[int, int] | None = None, mode: Mode = "mirror"
+    ) -> Mirror:
         """Open a mirror, make its private directory and take its lock.
 
         :param create: make the root directory, with its parents, where it is missing.
         :param owner: user and group id of everything that is put into the mirror, see :class:`Stage`.
+        :param mode: "release": keep releases, and work in the current one.
         :raises Locked: another process holds the mirror; the message names its pid.
-        :raises DiskProblem: no such directory, not writable, or a ``.syncd`` that cannot be trusted.
+        :raises DiskProblem: no such directory, not writable, a ``.syncd`` or ``releases`` that cannot be trusted, or a
+            ``current`` that syncd did not make.
         """
         with ExitStack() as undo:
             if create:
@@ -117,22 +132,24 @@ class Mirror:
                     raise disk_problem(exc, f"cannot make the mirror directory {printable(str(root))}") from exc
             root_fd = open_root(root)
             undo.callback(os.close, root_fd)
-            private_fd = _open_private(root_fd, PRIVATE_DIR, root)
+            private_fd = open_own(root_fd, PRIVATE_DIR, root)
             undo.callback(os.close, private_fd)
             lock_fd = _lock(private_fd, root)
             undo.callback(os.close, lock_fd)
-            stage_fd = _open_private(private_fd, _STAGE, root)
-            mirror = cls(root, root_fd, private_fd, lock_fd, stage_fd, owner=owner)
+            stage_fd = open_own(private_fd, _STAGE, root)
+            undo.callback(os.close, stage_fd)
+            stage = Stage(stage_fd, owner)
+            releases = Releases.open(root, root_fd, private_fd, stage) if mode == "release" else None
             undo.pop_all()
-            return mirror
+            return cls(root, root_fd, private_fd, lock_fd, stage, releases)
 
     @staticmethod
-    def peek(root: Path) -> View:
+    def peek(root: Path, *, mode: Mode = "mirror") -> View:
         """Return a reader of a mirror (or any directory): no lock, nothing created, nothing changed.
 
-        :raises DiskProblem: missing, not a directory or not readable.
+        :raises DiskProblem: missing, not a directory or not readable; no release is current.
         """
-        return View.open(root)
+        return view_current(root) if mode == "release" else View.open(root)
 
     def __enter__(self) -> Self:
         return self
@@ -142,27 +159,33 @@ class Mirror:
 
     def close(self) -> None:
         """Let go of the mirror. A committed batch that is not complete stays for the next recover()."""
+        if self._releases is not None and self._fds:
+            self._releases.close()
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
+
+    @property
+    def _tree(self) -> View:
+        return self._whole if self._releases is None else self._releases.tree
 
     # looking -------------------------------------------------------------------------------------------------------
 
     def look(self, path: str) -> Disk | None:
         """See :meth:`View.look`."""
-        return self._view.look(path)
+        return self._tree.look(path)
 
     def look_all(self, paths: Iterable[str]) -> Iterator[tuple[str, Disk | None]]:
         """See :meth:`View.look_all`."""
-        return self._view.look_all(paths)
+        return self._tree.look_all(paths)
 
     def read_digests(self, path: str, *, sha256: bool = True) -> tuple[str, str, Stat]:
         """See :meth:`View.read_digests`."""
-        return self._view.read_digests(path, sha256=sha256)
+        return self._tree.read_digests(path, sha256=sha256)
 
     def walk(self, on_problem: Callable[[Problem], None] | None = None) -> Iterator[tuple[str, Disk]]:
         """See :meth:`View.walk`."""
-        return self._view.walk(on_problem)
+        return self._tree.walk(on_problem)
 
     # staging -------------------------------------------------------------------------------------------------------
 
@@ -238,14 +261,7 @@ class Mirror:
         :raises FileChanged: no regular file is there.
         :raises DiskProblem: the disk refused.
         """
-        above, name = split(path)
-        try:
-            with Dirs(self._root_fd, one_filesystem=False) as dirs:
-                return open_regular(dirs.open(above), name)
-        except (FileNotFoundError, PathRefused):
-            raise FileChanged(f"{printable(path)} is not a regular file (any more)") from None
-        except OSError as exc:
-            raise disk_problem(exc, f"cannot open {printable(path)}") from exc
+        return self._tree.open_source(path)
 
     def open_part(self, digest: str) -> int:
         """Open a large staged file in the making to read parts of it.
@@ -319,14 +335,16 @@ class Mirror:
         if not plan:
             return Outcome()
         self._check_root()
+        if self._releases is not None:
+            self._releases.check_held()
         earlier = self._complete_journal()
         if plan.place:
             self._sync_staged()
         crash_point("before_journal")
-        self._journal.write(plan, drift)
+        self._journal.write(plan, drift, self.release)
         crash_point("journal_durable")
         trusted = {done.path: done.stat for done in earlier.placed if done.stat is not None}
-        with Dirs(self._root_fd, one_filesystem=True) as dirs:
+        with Dirs(self._tree.fd, one_filesystem=True) as dirs:
             outcome = Apply(dirs, self._stage, drift, recovering=False, trusted=trusted).run(plan)
         self._finish(plan, outcome)
         return _merge(earlier, outcome)
@@ -352,7 +370,9 @@ class Mirror:
         self._check_root()
         outcome = self._complete_journal()
         self._journal.sweep()
-        swept = self._stage.sweep(keep, own=False)
+        self.drop_check()
+        swept = self._releases.sweep() if self._releases is not None else 0
+        swept += self._stage.sweep(keep, own=False)
         if swept:
             log.info("staging_swept", names=swept)
         return outcome.placed
@@ -361,7 +381,11 @@ class Mirror:
         journal = self._journal.read() if self._journal.exists() else None
         if journal is None:
             return Outcome()
-        with Dirs(self._root_fd, one_filesystem=True) as dirs:
+        if journal.release != self.release or self._tree.fd < 0:  # its paths are not those of the tree we have now
+            log.warning("journal_of_another_release", release=journal.release, now=self.release)
+            self._journal.remove()
+            return Outcome()
+        with Dirs(self._tree.fd, one_filesystem=True) as dirs:
             outcome = Apply(dirs, self._stage, journal.drift, recovering=True).run(journal.plan)
         self._finish(journal.plan, outcome)
         for problem in outcome.problems:
@@ -371,6 +395,9 @@ class Mirror:
 
     def _finish(self, plan: MirrorPlan, outcome: Outcome) -> None:
         in_place = {done.path for done in outcome.placed}
+        if self._releases is not None:
+            for done in outcome.placed:
+                done.stat = without_ctime(done.stat) if done.stat is not None else None
         with self._words("cannot make the mirror durable"):
             sync_filesystem(self._root_fd)
         crash_point("before_journal_removed")
@@ -381,6 +408,107 @@ class Mirror:
             for step in plan.place:
                 if step.path not in in_place and STAGED_NAME.fullmatch(step.staged) is not None:
                     self._stage.remove(step.staged)
+
+    # releases ------------------------------------------------------------------------------------------------------
+
+    @property
+    def release(self) -> str:
+        """The release that is the tree; "": none, or mirror mode."""
+        return self._releases.held if self._releases is not None else ""
+
+    def current(self) -> str:
+        """See :meth:`Releases.current`."""
+        return self._need_releases().current()
+
+    def releases(self) -> list[str]:
+        """See :meth:`Releases.names`."""
+        return self._need_releases().names()
+
+    def build(
+        self,
+        name: str,
+        items: Iterable[BuildItem],
+        *,
+        share: Share = "auto",
+        read_only: bool = True,
+        on_problem: Callable[[Problem], None] | None = None,
+    ) -> Iterator[Built]:
+        """See :meth:`Releases.build`."""
+        self._check_root()
+        return self._need_releases().build(name, items, share=share, read_only=read_only, on_problem=on_problem)
+
+    def build_path(self, name: str) -> Path:
+        """See :meth:`Releases.build_path`."""
+        return self._need_releases().build_path(name)
+
+    def drop_build(self, name: str) -> None:
+        """See :meth:`Releases.drop`."""
+        self._need_releases().drop(name)
+
+    def publish_release(self, name: str) -> None:
+        """See :meth:`Releases.publish`."""
+        self._check_root()
+        self._need_releases().publish(name, self._sync_staged)
+
+    def switch(self, name: str) -> None:
+        """See :meth:`Releases.switch`."""
+        releases = self._need_releases()
+        self._check_root()
+        self._complete_journal()  # it is of the release that is left
+        releases.switch(name)
+
+    def prune(self, keep: int, spare: Container[str] = (), *, stop: Callable[[], bool] = lambda: False) -> list[str]:
+        """See :meth:`Releases.prune`."""
+        self._check_root()
+        return self._need_releases().prune(keep, spare, stop)
+
+    def _need_releases(self) -> Releases:
+        if self._releases is None:
+            raise ValueError("the mirror keeps no releases")
+        return self._releases
+
+    # a tree to be checked ------------------------------------------------------------------------------------------
+
+    def build_check(
+        self,
+        items: Iterable[BuildItem],
+        *,
+        share: Share = "reflink",
+        on_problem: Callable[[Problem], None] | None = None,
+    ) -> Path:
+        """Build a tree to be looked at by a check, in mirror mode; return where it is.
+
+        :meth:`drop_check` must come before :meth:`commit`: staged content is linked into it.
+
+        :param items: see :meth:`Releases.build`.
+        :param share: "reflink" or "copy"; a hard link would change the ctime of a file that is in use.
+        :raises ContentChanged, DiskProblem: see :meth:`Releases.build`.
+        """
+        if share not in {"reflink", "copy"}:
+            raise ValueError(f"files in use are not shared by {share!r}")
+        self._check_root()
+        self.drop_check()
+        top = open_own(self._private_fd, _CHECK, self.root)
+        try:
+            sharer = Sharer(share, self._stage.owner)
+            with Builder(top, self._stage, self._tree.fd, sharer, read_only=False, on_problem=on_problem) as builder:
+                for _ in builder.build(items):
+                    pass
+                builder.finish_top()
+        except BaseException:
+            quietly(self.drop_check)
+            raise
+        finally:
+            os.close(top)
+        return self.root / PRIVATE_DIR / _CHECK
+
+    def drop_check(self) -> None:
+        """Remove what :meth:`build_check` made, if anything.
+
+        :raises DiskProblem: the disk refused.
+        """
+        with self._words("cannot remove the tree that was checked"):
+            remove_tree(self._private_fd, _CHECK)
 
     @contextmanager
     def _words(self, what: str) -> Iterator[None]:
@@ -405,6 +533,8 @@ class Mirror:
                     f"mirror root was replaced: {printable(str(self.root))} is not the directory that was opened",
                     hint="it will be opened again; check what is mounted there",
                 )
+        if self._releases is not None:
+            self._releases.check()
 
 
 def _merge(earlier: Outcome, outcome: Outcome) -> Outcome:
@@ -416,38 +546,6 @@ def _merge(earlier: Outcome, outcome: Outcome) -> Outcome:
         [problem for problem in earlier.problems if problem.path not in told] + outcome.problems,
         list(dict.fromkeys([*earlier.drifted, *outcome.drifted])),
     )
-
-
-def _open_private(above: int, name: str, root: Path) -> int:
-    """Make or open one of our own directories, and refuse one that others could have prepared for us (L5).
-
-    :raises DiskProblem: a symlink, not a directory, of another owner, writable by others, on another filesystem.
-    """
-    where = f"{printable(name)!r} in the mirror {printable(str(root))}"
-    try:
-        with suppress(FileExistsError):  # what is there is looked at below
-            os.mkdir(name, _PRIVATE_MODE, dir_fd=above)
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
-    except OSError as exc:
-        if exc.errno in {errno.ENOTDIR, errno.ELOOP}:
-            raise DiskProblem(f"{where} is a symlink or no directory", hint="remove it") from exc
-        raise disk_problem(exc, f"cannot make or open {where}") from exc
-    with ExitStack() as undo:
-        undo.callback(os.close, fd)
-        found = os.fstat(fd)
-        if found.st_uid != os.geteuid():
-            raise DiskProblem(f"{where} belongs to uid {found.st_uid}", hint="remove it, or run as that user")
-        if found.st_dev != os.fstat(above).st_dev:
-            raise DiskProblem(f"{where} is on another filesystem", hint="unmount it")
-        if found.st_mode & _OTHERS_WRITE:
-            raise DiskProblem(f"{where} is writable by others", hint="look what is in it, then chmod 0700 or remove it")
-        if stat.S_IMODE(found.st_mode) != _PRIVATE_MODE:
-            try:
-                os.fchmod(fd, _PRIVATE_MODE)
-            except OSError as exc:
-                raise disk_problem(exc, f"cannot make {where} private") from exc
-        undo.pop_all()
-    return fd
 
 
 def _lock(private_fd: int, root: Path) -> int:

@@ -92,6 +92,26 @@ def to_stat(found: os.stat_result) -> Stat:
     return Stat(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
 
 
+def without_ctime(stat: Stat) -> Stat:
+    """Return a stat whose ctime says nothing (0): making or removing another hard link changes that time."""
+    return stat._replace(ctime_ns=0)
+
+
+def same_stat(found: Stat, assumed: Stat | None) -> bool:
+    """Tell whether a path is as it was.
+
+    Device numbers change when a machine starts again, so they do not count; neither does a ctime of 0, see
+    :func:`without_ctime`.
+    """
+    return (
+        assumed is not None
+        and found.size == assumed.size
+        and found.mtime_ns == assumed.mtime_ns
+        and (found.ctime_ns == assumed.ctime_ns or 0 in {found.ctime_ns, assumed.ctime_ns})
+        and found.ino == assumed.ino
+    )
+
+
 def kind_of(mode: int) -> Kind | None:
     """Return the kind of an ``st_mode``."""
     if stat.S_ISREG(mode):
@@ -231,9 +251,11 @@ class Dirs:
             raise PathRefused("other_filesystem", f"{printable(at)} is on another filesystem", at=at)
         self._names.append(name)
         self._fds.append(fd)
-        if len(self._fds) > MAX_HELD:
-            os.close(self._fds[-2])
-            self._fds[-2] = -1
+        if len(self._fds) > MAX_HELD:  # the innermost are kept: they are asked for next, on the way back up also
+            outer = self._fds[-1 - MAX_HELD]
+            if outer >= 0:
+                os.close(outer)
+                self._fds[-1 - MAX_HELD] = -1
 
     def _open_child(self, above: int, name: str) -> int:
         try:
@@ -279,11 +301,16 @@ def open_regular(dir_fd: int, name: str) -> int:
 
 
 class View:
-    """Looking at a mirror without changing anything: no lock is taken, nothing is created. Blocking."""
+    """Looking at a tree without changing anything: no lock is taken, nothing is created. Blocking.
 
-    def __init__(self, root: Path, fd: int) -> None:
+    :ivar fd: of its top directory; -1: closed.
+    :param ctime: ``False``: every stat that is given out has no ctime, see :func:`without_ctime`.
+    """
+
+    def __init__(self, root: Path, fd: int, *, ctime: bool = True) -> None:
         self.root = root
-        self._fd = fd
+        self.fd = fd
+        self._ctime = ctime
 
     @classmethod
     def open(cls, root: Path) -> View:
@@ -301,9 +328,9 @@ class View:
 
     def close(self) -> None:
         """Let go of the root."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def look(self, path: str) -> Disk | None:
         """Return what is at ``path`` now; ``None``: nothing, or an ancestor is no directory.
@@ -313,8 +340,8 @@ class View:
         """
         above, name = split(path)
         try:
-            with Dirs(self._fd, one_filesystem=False) as dirs:
-                return _disk(dirs.open(above), name)
+            with Dirs(self.fd, one_filesystem=False) as dirs:
+                return self._disk(dirs.open(above), name)
         except (FileNotFoundError, PathRefused):
             return None
         except OSError as exc:
@@ -325,11 +352,11 @@ class View:
 
         :raises BadName: a path must not be used.
         """
-        with Dirs(self._fd, one_filesystem=False) as dirs:
+        with Dirs(self.fd, one_filesystem=False) as dirs:
             for path in paths:
                 above, name = split(path)
                 try:
-                    yield path, _disk(dirs.open(above), name)
+                    yield path, self._disk(dirs.open(above), name)
                 except (FileNotFoundError, PathRefused):
                     yield path, None
                 except OSError:
@@ -342,15 +369,7 @@ class View:
         :raises FileChanged: it changed meanwhile, or there is no regular file (any more).
         :raises DiskProblem: it cannot be read.
         """
-        above, name = split(path)
-        gone = FileChanged(f"{printable(path)} is not a regular file (any more)")
-        try:
-            with Dirs(self._fd, one_filesystem=False) as dirs:
-                fd = open_regular(dirs.open(above), name)
-        except (FileNotFoundError, PathRefused):
-            raise gone from None
-        except OSError as exc:
-            raise disk_problem(exc, f"cannot open {printable(path)}") from exc
+        fd = self.open_source(path)
         try:
             before = to_stat(os.fstat(fd))
             strong, standard, size = hash_fd(fd, sha256=sha256)
@@ -361,7 +380,22 @@ class View:
             os.close(fd)
         if before != after or size != before.size:
             raise FileChanged(f"{printable(path)} changed while it was read")
-        return strong, standard, after
+        return strong, standard, after if self._ctime else without_ctime(after)
+
+    def open_source(self, path: str) -> int:
+        """Open a file to read parts of it.
+
+        :raises FileChanged: no regular file is there.
+        :raises DiskProblem: the disk refused.
+        """
+        above, name = split(path)
+        try:
+            with Dirs(self.fd, one_filesystem=False) as dirs:
+                return open_regular(dirs.open(above), name)
+        except (FileNotFoundError, PathRefused):
+            raise _gone(path) from None
+        except OSError as exc:
+            raise disk_problem(exc, f"cannot open {printable(path)}") from exc
 
     def walk(self, on_problem: Callable[[Problem], None] | None = None) -> Iterator[tuple[str, Disk]]:
         """Yield everything below the root but ``.syncd``, in component order, never following a symlink.
@@ -376,7 +410,7 @@ class View:
             if on_problem is not None:
                 on_problem(Problem(path, code, text))
 
-        with Dirs(self._fd, one_filesystem=False) as dirs:
+        with Dirs(self.fd, one_filesystem=False) as dirs:
             frames = [("", self._names(dirs, "", tell))]
             while frames:
                 above, names = frames[-1]
@@ -385,7 +419,7 @@ class View:
                     continue
                 path = f"{above}/{names[-1]}" if above else names[-1]
                 try:
-                    disk = _disk(dirs.open(above), names.pop())
+                    disk = self._disk(dirs.open(above), names.pop())
                 except (FileNotFoundError, PathRefused):
                     continue
                 except OSError as exc:
@@ -396,6 +430,24 @@ class View:
                 yield path, disk
                 if disk.kind is Kind.DIR:
                     frames.append((path, self._names(dirs, path, tell)))
+
+    def _disk(self, dir_fd: int, name: str) -> Disk | None:
+        found = lstat_at(dir_fd, name)
+        if found is None:
+            return None
+        kind = kind_of(found.st_mode)
+        target = ""
+        if kind is Kind.SYMLINK:
+            try:
+                target = os.readlink(name, dir_fd=dir_fd)
+            except FileNotFoundError:
+                return None
+            except OSError as exc:
+                if exc.errno != errno.EINVAL:  # RACE: no symlink any more; the next look tells
+                    raise
+                return None
+        known = to_stat(found)
+        return Disk(kind, stat.S_IMODE(found.st_mode), known if self._ctime else without_ctime(known), target)
 
     @staticmethod
     def _names(dirs: Dirs, path: str, tell: Callable[[str, str, str], None]) -> list[str]:
@@ -422,22 +474,34 @@ class View:
         return names
 
 
-def _disk(dir_fd: int, name: str) -> Disk | None:
-    found = lstat_at(dir_fd, name)
-    if found is None:
+class NoTree(View):
+    """A tree that is not there (yet): nothing is in it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, -1)
+
+    def look(self, path: str) -> Disk | None:
+        """See :meth:`View.look`."""
+        split(path)
         return None
-    kind = kind_of(found.st_mode)
-    target = ""
-    if kind is Kind.SYMLINK:
-        try:
-            target = os.readlink(name, dir_fd=dir_fd)
-        except FileNotFoundError:
-            return None
-        except OSError as exc:
-            if exc.errno != errno.EINVAL:  # RACE: no symlink any more; the next look tells
-                raise
-            return None
-    return Disk(kind, stat.S_IMODE(found.st_mode), to_stat(found), target)
+
+    def look_all(self, paths: Iterable[str]) -> Iterator[tuple[str, Disk | None]]:
+        """See :meth:`View.look_all`."""
+        for path in paths:
+            yield path, self.look(path)
+
+    def open_source(self, path: str) -> int:
+        """See :meth:`View.open_source`."""
+        split(path)
+        raise _gone(path)
+
+    def walk(self, on_problem: Callable[[Problem], None] | None = None) -> Iterator[tuple[str, Disk]]:  # noqa: ARG002
+        """See :meth:`View.walk`."""
+        return iter(())
+
+
+def _gone(path: str) -> FileChanged:
+    return FileChanged(f"{printable(path)} is not a regular file (any more)")
 
 
 def open_root(root: Path) -> int:

@@ -17,6 +17,7 @@ import re
 import secrets
 import stat
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -40,7 +41,7 @@ PART_NAME = re.compile(r"part-([0-9a-f]{64})")
 """A large content that is being assembled; named for its digest, so that an interrupted run is gone on with."""
 
 _REOPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
 
@@ -83,7 +84,7 @@ class Stage:
     def create(self) -> tuple[str, int]:
         """Create an empty private file; return its name and a read-write descriptor."""
         name = self.new_name()
-        return name, os.open(name, _CREATE, 0o600, dir_fd=self.fd)
+        return name, os.open(name, CREATE, 0o600, dir_fd=self.fd)
 
     def remove(self, name: str) -> None:
         """Remove a staged name; one that is gone is fine.
@@ -126,9 +127,9 @@ class Stage:
         def fill(fd: int) -> None:
             if os.fstat(source).st_size != entry.size:
                 raise FileChanged(f"{printable(what)} has another size by now")
-            _copy(source, fd, entry.size)
+            copy_bytes(source, fd, entry.size)
             digest, sha256, size = hash_fd(fd, sha256=not entry.digest)
-            if size != entry.size or not _holds(entry, digest, sha256):
+            if size != entry.size or not holds(entry, digest, sha256):
                 raise FileChanged(f"{printable(what)} does not hold the expected content")
 
         return self._add(fill, entry, f"cannot copy {printable(what)}")
@@ -197,27 +198,10 @@ class Stage:
     def add_symlink(self, entry: Entry) -> str:
         """Stage a symlink.
 
-        :raises BadName: no filesystem can hold this link text.
+        :raises BadName, ObjectCorrupt, DiskProblem: see :func:`make_symlink`.
         """
         name = self.new_name()
-        try:
-            os.symlink(entry.target, name, dir_fd=self.fd)
-            try:
-                if self.owner is not None:
-                    os.chown(name, *self.owner, dir_fd=self.fd, follow_symlinks=False)
-                os.utime(name, ns=(time.time_ns(), entry.mtime_ns), dir_fd=self.fd, follow_symlinks=False)
-            except OverflowError:
-                self.give_up(name)
-                raise ObjectCorrupt(f"modification time {entry.mtime_ns} ns is out of range") from None
-            except BaseException:
-                self.give_up(name)
-                raise
-        except ValueError as exc:  # a NUL byte
-            raise BadName("link text holds a NUL byte or is not text") from exc
-        except OSError as exc:
-            if not entry.target or exc.errno == errno.ENAMETOOLONG:
-                raise BadName("link text is empty or too long") from exc
-            raise disk_problem(exc, "cannot stage a symlink") from exc
+        make_symlink(self.fd, name, entry, self.owner)
         return name
 
     def sweep(self, keep: Container[str], *, own: bool) -> int:
@@ -243,6 +227,22 @@ class Stage:
             raise disk_problem(exc, "cannot sweep the staging directory") from exc
         return swept
 
+    def sweep_linked(self) -> int:
+        """Remove staged content that has another name, in a release that is published; return how many names.
+
+        :raises DiskProblem: the disk refused.
+        """
+        swept = 0
+        try:
+            with os.scandir(self.fd) as found:
+                for item in found:
+                    if STAGED_NAME.fullmatch(item.name) and item.stat(follow_symlinks=False).st_nlink > 1:
+                        self.remove(item.name)
+                        swept += 1
+        except OSError as exc:
+            raise disk_problem(exc, "cannot sweep the staging directory") from exc
+        return swept
+
     def give_up(self, name: str) -> None:
         """Remove a staged file while another error is on its way, which must not be hidden by a second one."""
         try:
@@ -251,18 +251,46 @@ class Stage:
             log.warning("staged_file_left", name=name, error=str(exc))  # swept at the next start
 
 
+def make_symlink(dir_fd: int, name: str, entry: Entry, owner: tuple[int, int] | None) -> None:
+    """Make a symlink with its owner and time; whatever goes wrong, nothing of it stays.
+
+    :raises BadName: no filesystem can hold this link text.
+    :raises ObjectCorrupt: no filesystem can hold this time.
+    :raises DiskProblem: the disk refused.
+    """
+    try:
+        os.symlink(entry.target, name, dir_fd=dir_fd)
+        try:
+            if owner is not None:
+                os.chown(name, *owner, dir_fd=dir_fd, follow_symlinks=False)
+            os.utime(name, ns=(time.time_ns(), entry.mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
+        except BaseException:
+            with suppress(OSError):  # swept at the next start
+                os.unlink(name, dir_fd=dir_fd)
+            raise
+    except OverflowError:
+        raise ObjectCorrupt(f"modification time {entry.mtime_ns} ns is out of range") from None
+    except ValueError as exc:  # a NUL byte
+        raise BadName("link text holds a NUL byte or is not text") from exc
+    except OSError as exc:
+        if not entry.target or exc.errno == errno.ENAMETOOLONG:
+            raise BadName("link text is empty or too long") from exc
+        raise disk_problem(exc, "cannot make a symlink") from exc
+
+
 def misread() -> DiskProblem:
     """Return what to raise where a disk gives back something else than was written."""
     return DiskProblem("a staged file does not read back as it was written", hint="check the disk")
 
 
-def _holds(entry: Entry, digest: str, sha256: str) -> bool:
+def holds(entry: Entry, digest: str, sha256: str) -> bool:
+    """Tell whether content with these digests is an entry's; without any digest known it is."""
     if entry.digest:
         return digest == entry.digest
     return not entry.sha256 or sha256 == entry.sha256
 
 
-def _copy(source: int, target: int, size: int) -> None:
+def copy_bytes(source: int, target: int, size: int) -> None:
     """Copy ``size`` bytes from the beginning; less where the source ends before."""
     done = 0
     try:

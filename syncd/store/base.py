@@ -359,8 +359,15 @@ class Bucket(Protocol):
         """
         ...
 
-    async def put_link(self, name: str, link: Link) -> int:
-        """Write an ADR-20 link."""
+    async def put_link(
+        self, name: str, link: Link, *, expected_seq: int | None = None, metadata: Mapping[str, str] | None = None
+    ) -> int:
+        """Write an ADR-20 link; return its metadata message's sequence.
+
+        :param expected_seq: as in :meth:`put_meta`.
+        :param metadata: the link's own; what the one before had is not kept.
+        :raises WriteConflict: as in :meth:`put_meta`.
+        """
         ...
 
     async def download(
@@ -420,7 +427,14 @@ class Bucket(Protocol):
         ...
 
     async def commit_generation(
-        self, number: int, record: bytes, metadata: Mapping[str, str], *, channel: str, expected_seq: int
+        self,
+        number: int,
+        record: bytes,
+        metadata: Mapping[str, str],
+        *,
+        channel: str,
+        expected_seq: int,
+        link_metadata: Mapping[str, str] | None = None,
     ) -> int:
         """Store a generation object and point a channel at it, all in one atomic batch (ADR-50).
 
@@ -429,6 +443,7 @@ class Bucket(Protocol):
         :param record: canonical JSON; its content is the object ``generations/<10 digits>``.
         :param metadata: the object's own metadata.
         :param expected_seq: sequence of the channel's metadata message that we last saw, 0 for none.
+        :param link_metadata: metadata of the channel's link.
         :returns: the sequence of the channel's new metadata message.
         :raises WriteConflict: somebody else moved the channel since; nothing is stored.
         """

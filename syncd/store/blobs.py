@@ -145,7 +145,14 @@ class Blobs:
     # -- generations --------------------------------------------------------------------------------------------------
 
     async def commit(
-        self, number: int, record: bytes, metadata: Mapping[str, str], *, channel: str, expected_seq: int
+        self,
+        number: int,
+        record: bytes,
+        metadata: Mapping[str, str],
+        *,
+        channel: str,
+        expected_seq: int,
+        link_metadata: Mapping[str, str] | None,
     ) -> int:
         """See :meth:`syncd.store.base.Bucket.commit_generation`."""
         messages = encode_commit(
@@ -156,6 +163,7 @@ class Blobs:
             channel=channel,
             nuids=(self._fresh_nuid(), self._fresh_nuid()),
             now_ns=time.time_ns(),
+            link_metadata=link_metadata,
         )
         await self._require_atomic()
         give_up = time.monotonic() + COMMIT_SECONDS

@@ -297,11 +297,13 @@ class NatsBucket:
             return "", 0
         return message.data.decode("utf-8", "replace"), header_int(message.headers or {}, "Nats-Sequence")
 
-    async def put_link(self, name: str, link: Link) -> int:
+    async def put_link(
+        self, name: str, link: Link, *, expected_seq: int | None = None, metadata: Mapping[str, str] | None = None
+    ) -> int:
         """See :class:`syncd.store.base.Bucket`."""
-        nuid = self._fresh_nuid()
-        payload = wire.encode_link(self._name, name, link, nuid=nuid, now_ns=time.time_ns())
-        return await self._write_meta(name, payload, None)
+        nuid = self._fresh_nuid()  # no two links are equal: what is read back tells whether it was this one
+        payload = wire.encode_link(self._name, name, link, nuid=nuid, now_ns=time.time_ns(), metadata=metadata)
+        return await self._write_meta(name, payload, expected_seq)
 
     async def _write_meta(self, name: str, payload: bytes, expected: int | None) -> int:
         subject = wire.meta_subject(self._name, name)
@@ -651,13 +653,22 @@ class NatsBucket:
         await self._blobs.remove(digests)
 
     async def commit_generation(
-        self, number: int, record: bytes, metadata: Mapping[str, str], *, channel: str, expected_seq: int
+        self,
+        number: int,
+        record: bytes,
+        metadata: Mapping[str, str],
+        *,
+        channel: str,
+        expected_seq: int,
+        link_metadata: Mapping[str, str] | None = None,
     ) -> int:
         """See :class:`syncd.store.base.Bucket`.
 
         :raises StoreRejected: the stream takes no atomic batches.
         """
-        return await self._blobs.commit(number, record, metadata, channel=channel, expected_seq=expected_seq)
+        return await self._blobs.commit(
+            number, record, metadata, channel=channel, expected_seq=expected_seq, link_metadata=link_metadata
+        )
 
     async def set_layout(self, layout: str) -> None:
         """See :class:`syncd.store.base.Bucket`."""

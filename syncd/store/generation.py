@@ -38,9 +38,12 @@ def encode_commit(
     channel: str,
     nuids: tuple[str, str],
     now_ns: int,
+    link_metadata: Mapping[str, str] | None = None,
 ) -> CommitMessages:
     """Lay out a commit.
 
+    :param metadata: of the generation object.
+    :param link_metadata: of the channel's link.
     :param nuids: fresh ones for the record and for the link (other clients want one there, too).
     :raises StoreRejected: the record does not fit one chunk, or its metadata does not fit a message.
     """
@@ -57,5 +60,7 @@ def encode_commit(
         meta_subject=wire.meta_subject(bucket, name),
         meta=wire.encode_put(bucket, meta, stored, nuid=nuid, now_ns=now_ns),
         link_subject=wire.meta_subject(bucket, pointer),
-        link=wire.encode_link(bucket, pointer, Link(bucket, name), nuid=link_nuid, now_ns=now_ns),
+        link=wire.encode_link(
+            bucket, pointer, Link(bucket, name), nuid=link_nuid, now_ns=now_ns, metadata=link_metadata
+        ),
     )

@@ -452,12 +452,14 @@ class MemoryBucket:
             stream.publisher = publisher
         return stream.publisher
 
-    async def put_link(self, name: str, link: Link) -> int:
+    async def put_link(
+        self, name: str, link: Link, *, expected_seq: int | None = None, metadata: Mapping[str, str] | None = None
+    ) -> int:
         """See :class:`syncd.store.base.Bucket`."""
         stream = await self._stream("put_link")
         nuid = self._store.fresh_nuid()
-        payload = wire.encode_link(self._name, name, link, nuid=nuid, now_ns=time.time_ns())
-        return self._write(stream, name, payload, None)
+        payload = wire.encode_link(self._name, name, link, nuid=nuid, now_ns=time.time_ns(), metadata=metadata)
+        return self._write(stream, name, payload, expected_seq)
 
     async def download(
         self, info: ObjectInfo, sink: Sink, *, progress: Callable[[int], None] | None = None
@@ -558,7 +560,14 @@ class MemoryBucket:
             stream.removed[digest] = time.monotonic() + REMOVED_SECONDS
 
     async def commit_generation(
-        self, number: int, record: bytes, metadata: Mapping[str, str], *, channel: str, expected_seq: int
+        self,
+        number: int,
+        record: bytes,
+        metadata: Mapping[str, str],
+        *,
+        channel: str,
+        expected_seq: int,
+        link_metadata: Mapping[str, str] | None = None,
     ) -> int:
         """See :class:`syncd.store.base.Bucket`."""
         commit = encode_commit(
@@ -569,6 +578,7 @@ class MemoryBucket:
             channel=channel,
             nuids=(self._store.fresh_nuid(), self._store.fresh_nuid()),
             now_ns=time.time_ns(),
+            link_metadata=link_metadata,
         )
         stream = await self._stream("commit_generation")
         if stream.sealed:

@@ -192,8 +192,13 @@ def encode_tombstone(bucket: str, name: str, *, nuid: str, metadata: Mapping[str
     )
 
 
-def encode_link(bucket: str, name: str, link: Link, *, nuid: str, now_ns: int) -> bytes:
-    """Write a link to an object, or to a bucket."""
+def encode_link(
+    bucket: str, name: str, link: Link, *, nuid: str, now_ns: int, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Write a link to an object, or to a bucket.
+
+    :raises StoreRejected: larger than a message may be.
+    """
     target = {"bucket": link.bucket} if link.name is None else {"bucket": link.bucket, "name": link.name}
     return _dump(
         {
@@ -202,6 +207,7 @@ def encode_link(bucket: str, name: str, link: Link, *, nuid: str, now_ns: int) -
             "mtime": format_time(now_ns),
             "chunks": 0,
             "digest": hex_to_digest(EMPTY_SHA256),
+            **({"metadata": dict(metadata)} if metadata else {}),
             "options": {"link": target, "max_chunk_size": CHUNK_SIZE},
         }
     )

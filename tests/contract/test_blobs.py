@@ -401,6 +401,35 @@ async def test_a_commit_is_an_ordinary_object_and_a_link_to_it(bucket: Bucket) -
     assert [data async for _, data in bucket.download_many([info])] == [RECORD]
 
 
+async def test_a_commit_says_of_its_channel_what_it_is_told_to(bucket: Bucket) -> None:
+    """The link's metadata goes with the batch, apart from the generation's; the next commit brings its own, or none."""
+    seq = await bucket.commit_generation(
+        1, RECORD, {"of": "it"}, channel=HEAD, expected_seq=0, link_metadata={"syncd-move": "{}", "ü": "ß"}
+    )
+    link, info = await bucket.get_info(CHANNELS + HEAD), await bucket.get_info(GENERATIONS + "0000000001")
+    assert link is not None
+    assert info is not None
+    assert (link.seq, dict(link.metadata), dict(info.metadata)) == (seq, {"syncd-move": "{}", "ü": "ß"}, {"of": "it"})
+    with pytest.raises(WriteConflict):
+        await bucket.commit_generation(2, RECORD, {}, channel=HEAD, expected_seq=0, link_metadata={"k": "lost"})
+    assert await bucket.get_info(CHANNELS + HEAD) == link
+    await commit(bucket, 2, seq)
+    link = await bucket.get_info(CHANNELS + HEAD)
+    assert link is not None
+    assert dict(link.metadata) == {}
+
+
+async def test_a_channel_of_its_own_is_moved_beside_commits(bucket: Bucket) -> None:
+    """A link to a generation is a channel, whoever writes it; each is fenced by its own sequence."""
+    seq = await commit(bucket, 1, 0)
+    target = Link(bucket.name, GENERATIONS + "0000000001")
+    stable = await bucket.put_link(CHANNELS + "stable", target, expected_seq=0, metadata={"k": "v"})
+    await commit(bucket, 2, seq)
+    info = await bucket.get_info(CHANNELS + "stable")
+    assert info is not None
+    assert (info.seq, info.link, dict(info.metadata)) == (stable, target, {"k": "v"})
+
+
 async def test_the_next_commit_moves_the_channel_and_keeps_the_generation_before(bucket: Bucket) -> None:
     """One message per channel, whatever the number of commits."""
     seq = 0

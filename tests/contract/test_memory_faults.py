@@ -9,7 +9,7 @@ import pytest
 
 from syncd.errors import ObjectCorrupt, ObjectGone, StoreTimeout, SyncdError, Unavailable
 from syncd.nodes import digest_of
-from syncd.store.base import CHUNK_SIZE, BucketSpec, ObjectInfo
+from syncd.store.base import CHUNK_SIZE, BucketSpec, Link, ObjectInfo
 from syncd.store.codec import RAW
 from syncd.store.memory import MemoryStore
 from tests.support.store import DEADLINE, BytesSink, BytesSource, content, listing, names, put, small
@@ -122,7 +122,7 @@ async def test_a_sink_can_fail_in_the_middle(store: MemoryStore, bucket: MemoryB
     assert [page async for page in bucket.list_chunks()] == [{digest_of(b"a"): 1, digest_of(b"b"): 1}]
 
 
-@pytest.mark.parametrize("call", ["get_blobs", "commit_generation", "remove_blobs", "set_layout"])
+@pytest.mark.parametrize("call", ["get_blobs", "commit_generation", "remove_blobs", "set_layout", "put_link"])
 async def test_a_call_of_the_generations_layout_can_fail(store: MemoryStore, bucket: MemoryBucket, call: str) -> None:
     """Before it does anything; the next one works."""
     async with bucket.blob_sink() as sink:
@@ -135,6 +135,8 @@ async def test_a_call_of_the_generations_layout_can_fail(store: MemoryStore, buc
             return await bucket.commit_generation(1, b"{}", {}, channel="head", expected_seq=0)
         if call == "remove_blobs":
             return await bucket.remove_blobs([digest_of(GOOD)])
+        if call == "put_link":
+            return await bucket.put_link("channels/stable", Link("B", "n"), expected_seq=0, metadata={"k": "v"})
         return await bucket.set_layout("generations")
 
     before = await bucket.state()

@@ -16,6 +16,7 @@ from syncd.errors import (
     ObjectCorrupt,
     ObjectGone,
     StoreFull,
+    StoreRejected,
     WriteConflict,
 )
 from syncd.store.base import (
@@ -374,6 +375,63 @@ async def test_links_are_read_and_written(bucket: Bucket) -> None:
         await bucket.download(items[0], BytesSink())
 
 
+async def test_a_link_has_metadata_of_its_own(bucket: Bucket) -> None:
+    """Whatever script; what the link before had is not kept, and the sequence is that of the message."""
+    metadata = {"syncd-move": '{"a":1}', "ключ": "я \U0001f600"}
+    seq = await bucket.put_link("l", Link("other", "name"), metadata=metadata)
+    info = await bucket.get_info("l")
+    assert info is not None
+    assert (info.seq, info.link, dict(info.metadata)) == (seq, Link("other", "name"), metadata)
+    assert [item.metadata for item in await listing(bucket) if isinstance(item, ObjectInfo)] == [metadata]
+    await bucket.put_link("l", Link("other", "name"))
+    info = await bucket.get_info("l")
+    assert info is not None
+    assert (dict(info.metadata), info.size, info.chunks, info.sha256) == ({}, 0, 0, EMPTY_SHA256)
+
+
+@pytest.mark.fault("R9")
+async def test_a_link_over_what_somebody_else_wrote_is_refused(bucket: Bucket) -> None:
+    """Fenced as objects are: by the sequence that was read, also that of a tombstone, and 0 for nothing."""
+    first = await bucket.put_link("l", Link("b", "one"), expected_seq=0, metadata={"n": "1"})
+    second = await bucket.put_link("l", Link("b", "two"), expected_seq=first, metadata={"n": "2"})
+    before = await bucket.state()
+    for expected in (0, first, second + 1):
+        with pytest.raises(WriteConflict):
+            await bucket.put_link("l", Link("b", "three"), expected_seq=expected, metadata={"n": "3"})
+    info = await bucket.get_info("l")
+    assert info is not None
+    assert (info.seq, info.link, dict(info.metadata)) == (second, Link("b", "two"), {"n": "2"})
+    assert await bucket.state() == before
+    gone = await bucket.delete("l", expected_seq=second, metadata={})
+    with pytest.raises(WriteConflict):
+        await bucket.put_link("l", Link("b", "four"), expected_seq=0)
+    await bucket.put_link("l", Link("b", "four"), expected_seq=gone)
+    await bucket.put_link("l", Link("b", "five"))  # unfenced: over whatever is there
+    info = await bucket.get_info("l")
+    assert info is not None
+    assert info.link == Link("b", "five")
+
+
+@pytest.mark.fault("R9")
+async def test_links_that_race_have_one_winner(bucket: Bucket) -> None:
+    """Whatever is under way at once, one of them is what is there, and the others are told."""
+    moves = [bucket.put_link("l", Link("b", str(number)), expected_seq=0) for number in range(8)]
+    async with asyncio.timeout(DEADLINE):
+        results = await asyncio.gather(*moves, return_exceptions=True)
+    won = [(number, seq) for number, seq in enumerate(results) if isinstance(seq, int)]
+    assert [type(result) for result in results if not isinstance(result, int)] == [WriteConflict] * 7
+    info = await bucket.get_info("l")
+    assert info is not None
+    assert (info.seq, info.link) == (won[0][1], Link("b", str(won[0][0])))
+
+
+async def test_a_link_whose_metadata_is_too_large_is_refused_before_it_is_sent(bucket: Bucket) -> None:
+    """The server would refuse it, or worse."""
+    with pytest.raises(StoreRejected):
+        await bucket.put_link("l", Link("b", "n"), metadata={"k": "x" * (1 << 20)})
+    assert await bucket.get_info("l") is None
+
+
 async def test_a_link_of_the_javascript_client_is_read(kit: Kit, bucket: Bucket) -> None:
     """It has no nuid and no digest."""
     payload = b'{"name":"l","size":0,"chunks":0,"bucket":"b","options":{"link":{"bucket":"b2","name":"x"}}}'
@@ -610,6 +668,8 @@ async def test_a_sealed_bucket_refuses_every_write_and_still_reads(bucket: Bucke
         await bucket.put_meta(ObjectMeta("m"), EMPTY, expected_seq=None)
     with pytest.raises(BucketSealed):
         await bucket.delete("n", expected_seq=None, metadata={})
+    with pytest.raises(BucketSealed):
+        await bucket.put_link("l", Link("b", None), expected_seq=0, metadata={"k": "v"})
     results = await bucket.put_many([small("a", b"1"), small("b", b"2")])
     assert [BucketSealed, BucketSealed] == [type(result.error) for result in results]
     assert await get(bucket, "n") == b"x"

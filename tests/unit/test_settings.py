@@ -233,15 +233,7 @@ def test_the_message_counts_the_problems(tmp_path):
 @pytest.mark.parametrize(
     ("publish", "subscribe", "words"),
     [
-        ('sign_seed_file = "s"', "", "publish.0.sign_seed_file: signing"),
-        ("", 'mode = "release"', 'subscribe.0.mode ("release"): release mode'),
-        ("", 'channel = "head"', "subscribe.0.channel: following a channel"),
-        ("", 'trusted_keys = ["K"]', "subscribe.0.trusted_keys: checking signatures"),
-        ("", 'modes = "preserve"', "subscribe.0.modes: setting modes"),
-        ("", "keep_releases = 3", "subscribe.0.keep_releases: keeping releases"),
         ("", 'rate_limit = "50MB/s"', "subscribe.0.rate_limit: limiting the rate"),
-        ("", 'hooks = { apply = ["true"] }', "subscribe.0.hooks: running hooks"),
-        ("", 'extraneous = "delete"', 'subscribe.0.extraneous ("delete"): deleting files that syncd never wrote'),
         ("", '[daemon]\nhttp = "127.0.0.1:1"', "daemon.http: the metrics and health endpoint"),
     ],
 )
@@ -255,6 +247,35 @@ def test_a_key_of_a_later_version_is_refused_by_name_in_the_environment_too(tmp_
     assert problems(tmp_path, "", {"SYNCD_DAEMON__HTTP": ":1"}) == [
         "SYNCD_DAEMON__HTTP: daemon.http: the metrics and health endpoint is not available in this version of syncd"
     ]
+
+
+KEY = "UCJWGZSXLQ4UU7TBQSLFVPO6JE533M6SC4HLGZ5CO446WRR7WXBZICSG"
+
+
+@pytest.mark.fault("K8")
+@pytest.mark.parametrize(
+    ("subscribe", "words"),
+    [
+        ('trusted_keys = ["K"]', "must be the public key that syncd keygen prints"),
+        (f'trusted_keys = ["{KEY}", "{KEY}"]', "names a key twice"),
+        (f'trusted_keys = ["{KEY}"]\ntrusted_threshold = 0', "must be at least 1"),
+        ('channel = "a/b"', "only letters, digits, - and _"),
+        ('channel = ""', "only letters, digits, - and _"),
+        ("pin = -1", "must be at least 0"),
+        ('modes = "0644"', 'must be "preserve" or a table'),
+        ('modes = { files = "0044" }', "would keep the owner from reading"),
+        ("keep_releases = 0", "must be at least 1"),
+        ('share = "symlink"', "must be 'auto'"),
+        ('hooks = { apply = "nginx -s reload" }', "must be a list"),
+        ("hooks = { timeout_seconds = 0 }", "must be at least 1"),
+        ('verify_rate = "fast"', "must be a number of bytes or a size"),
+        ("verify_rate = true", 'must be a rate such as "4MB/s"'),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path, subscribe, words):
+    """Keys of trust, releases and hooks: one line says what to write."""
+    found = problems(tmp_path, BOTH.format(publish="", subscribe=subscribe))
+    assert any(words in line for line in found), found
 
 
 @pytest.mark.fault("K14")

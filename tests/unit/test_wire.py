@@ -104,13 +104,13 @@ def test_a_tombstone_is_read_back(name: str, nuid: str, metadata: dict[str, str]
     assert (info.name, info.deleted, info.size, info.metadata) == (name, True, 0, metadata)
 
 
-@given(object_names, st.none() | object_names)
-def test_a_link_is_read_back(name: str, target: str | None) -> None:
-    """Links name a bucket, or an object in one."""
+@given(object_names, st.none() | object_names, st.none() | st.dictionaries(text, text, max_size=4))
+def test_a_link_is_read_back(name: str, target: str | None, metadata: dict[str, str] | None) -> None:
+    """Links name a bucket, or an object in one, and have metadata as objects do."""
     link = Link("other", target)
-    info = read(wire.encode_link("B", name, link, nuid="n", now_ns=NOW), name)
+    info = read(wire.encode_link("B", name, link, nuid="n", now_ns=NOW, metadata=metadata), name)
     assert isinstance(info, ObjectInfo)
-    assert info.link == link
+    assert (info.link, info.metadata, info.deleted) == (link, metadata or {}, False)
 
 
 @pytest.mark.fault("O1 O5 P2")
@@ -255,6 +255,9 @@ def test_what_is_written_is_what_every_client_reads() -> None:
     link = json.loads(wire.encode_link("B", "a", Link("c", None), nuid="x", now_ns=NOW))
     assert link["options"]["link"] == {"bucket": "c"}
     assert link["digest"].endswith("=")
+    assert "metadata" not in link
+    link = json.loads(wire.encode_link("B", "a", Link("c", "d"), nuid="x", now_ns=NOW, metadata={"k": "v"}))
+    assert (link["metadata"], link["options"]["link"]) == ({"k": "v"}, {"bucket": "c", "name": "d"})
 
 
 def test_metadata_larger_than_a_message_is_refused_before_it_is_sent() -> None:
@@ -263,6 +266,9 @@ def test_metadata_larger_than_a_message_is_refused_before_it_is_sent() -> None:
         wire.encode_put("B", ObjectMeta("n", metadata={"k": "x" * (1 << 20)}), STORED, nuid="n", now_ns=NOW)
     with pytest.raises(StoreRejected):
         wire.encode_put("B", ObjectMeta("n", metadata={"k": "\ud800"}), STORED, nuid="n", now_ns=NOW)
+    for value in ("x" * (1 << 20), "\ud800"):
+        with pytest.raises(StoreRejected):
+            wire.encode_link("B", "n", Link("c", None), nuid="n", now_ns=NOW, metadata={"k": value})
 
 
 def test_a_name_that_is_no_subject_is_refused() -> None:

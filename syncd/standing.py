@@ -1,0 +1,162 @@
+"""How a mirror stands with its generations: which ended well, which is refused, whose hooks are still due.
+
+One note in the index, written in the transaction of what it tells about, so that a crash anywhere leaves a state that
+the next start goes on from. Blocking; the folder's thread.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from syncd.index import Index
+
+STANDING: Final = "standing"
+MAX_REFUSED: Final = 64
+"""Refused generations that are remembered; the oldest is forgotten first."""
+
+
+@dataclass(slots=True)
+class _State:
+    """What is noted.
+
+    :ivar number, record: the generation that is applied; 0 and "" for none.
+    :ivar good, good_record: the last one that ended well.
+    :ivar due: hooks after an apply are still to run, or to run again.
+    :ivar back: it is a return: its hooks run, but nothing is returned from.
+    :ivar left: the generation that was applied before it.
+    :ivar tries: how often its hooks began.
+    :ivar refused: record -> why it is not gone to.
+    """
+
+    number: int = 0
+    record: str = ""
+    good: int = 0
+    good_record: str = ""
+    due: bool = False
+    back: bool = False
+    left: int = 0
+    tries: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Standing:
+    """See the module.
+
+    :param hooked: whether anything is to run after an apply; without, what is applied has ended well.
+    """
+
+    def __init__(self, index: Index, *, hooked: bool) -> None:
+        self._index = index
+        self._hooked = hooked
+        self._state = _read(index.note(STANDING))
+
+    @property
+    def at(self) -> tuple[int, str]:
+        """Number and record of the generation to be at while another one is refused; (0, "") for none."""
+        state = self._state
+        if state.record and state.record not in state.refused:
+            return state.number, state.record
+        return (state.good, state.good_record) if state.good_record not in state.refused else (0, "")
+
+    @property
+    def number(self) -> int:
+        """The number of what is applied, 0 for nothing."""
+        return self._state.number
+
+    @property
+    def record(self) -> str:
+        """The record of what is applied, "" for nothing."""
+        return self._state.record
+
+    @property
+    def good_record(self) -> str:
+        """The record of the last generation that ended well, "" for none."""
+        return self._state.good_record
+
+    def before(self, number: int) -> int:
+        """Return the generation that a hook of ``number`` comes after, 0 for none."""
+        state = self._state
+        return state.left if number == state.number else state.number
+
+    @property
+    def due(self) -> bool:
+        """Whether hooks are to run for what is applied."""
+        return self._state.due
+
+    @property
+    def is_return(self) -> bool:
+        """Whether what is applied was returned to."""
+        return self._state.back
+
+    def refused(self, record: str) -> str:
+        """Return why a generation is not gone to, "" where it may be."""
+        return self._state.refused.get(record, "")
+
+    @property
+    def holds(self) -> bool:
+        """Whether anything is refused."""
+        return bool(self._state.refused)
+
+    def adopt(self, number: int, record: str) -> None:
+        """Take over what an older version applied, which knew nothing of this."""
+        if record and not self._state.record:
+            self._state.number = self._state.good = number
+            self._state.record = self._state.good_record = record
+            self._write()
+
+    def returns_to(self, record: str) -> bool:
+        """Tell whether going to a generation is a return from one that is refused now."""
+        state = self._state
+        return record == state.good_record and state.record != record and state.record in state.refused
+
+    def arrived(self, number: int, record: str) -> None:
+        """A generation is in place, whole."""
+        state = self._state
+        state.back = self.returns_to(record)
+        state.left = state.number
+        state.number, state.record = number, record
+        state.due, state.tries = self._hooked, 0
+        if not self._hooked:
+            state.good, state.good_record = number, record
+        self._write()
+
+    def try_hooks(self) -> int:
+        """The hooks begin; return how often they did for this generation."""
+        self._state.tries += 1
+        self._write()
+        return self._state.tries
+
+    def ended_well(self) -> None:
+        """The hooks have run and the generation is good."""
+        state = self._state
+        state.due, state.tries = False, 0
+        state.good, state.good_record = state.number, state.record
+        self._write()
+
+    def refuse(self, record: str, reason: str) -> None:
+        """Do not go to a generation until a person asks for it."""
+        state = self._state
+        state.refused[record] = reason
+        while len(state.refused) > MAX_REFUSED:
+            del state.refused[next(iter(state.refused))]
+        if record == state.record:
+            state.due = False
+        self._write()
+
+    def forget_refusals(self) -> None:
+        """A person wants everything tried again."""
+        self._state.refused.clear()
+        self._write()
+
+    def _write(self) -> None:
+        self._index.set_note(STANDING, json.dumps(asdict(self._state)))
+
+
+def _read(note: str) -> _State:
+    try:
+        return _State(**json.loads(note)) if note else _State()
+    except (ValueError, TypeError):
+        return _State()

@@ -1,0 +1,1248 @@
+"""Moving channels, replacing keys and adding signatures: from the command line down to a bucket in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import stat
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from syncd import channels as channels_module
+from syncd import cli as command_line
+from syncd import cli_channels, oneshot
+from syncd.channels import (
+    MAX_NEXT_COUNT,
+    Channels,
+    KeyChange,
+    KeySets,
+    move_metadata,
+    next_count,
+    read_keys,
+    read_record,
+    require_whole,
+    sign_generation,
+    signature_text,
+)
+from syncd.errors import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_NOPERM,
+    EXIT_OK,
+    EXIT_TEMPFAIL,
+    EXIT_USAGE,
+    ConfigError,
+    FormatTooNew,
+    ObjectCorrupt,
+    ObjectGone,
+    Untrusted,
+    UsageError,
+    WriteConflict,
+)
+from syncd.nodes import Location, Piece, Recipe, Where, digest_of, encode_recipe, encode_record
+from syncd.outlet import PublishOptions
+from syncd.publisher import Publisher
+from syncd.rules import Rules
+from syncd.settings import load
+from syncd.signatures import MAX_SIGNATURES, Signer, decode_signatures, encode_signatures, generate
+from syncd.status import FolderStatus, StatusKeeper
+from syncd.store.base import CHANNELS, EMPTY, HEAD, BucketSpec, Link, ObjectInfo, ObjectMeta, SmallPut
+from syncd.store.memory import MemoryBucket, MemoryStore
+from syncd.trees import TreeReader, generation_name
+from syncd.trust import (
+    MAX_COUNT,
+    MOVE,
+    SIGNATURES,
+    Move,
+    Offer,
+    Seen,
+    Statement,
+    Trust,
+    check_signed,
+    decode_keys,
+    decode_move,
+    encode_move,
+    follow,
+    judge_offer,
+    keys_name,
+    seconds_of,
+)
+from tests.support.specs import CHUNK, Builder, Spec, commit
+from tests.support.store import get, raw_meta
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from syncd.settings import Settings
+    from syncd.store.base import Bucket
+
+NOW = 1_800_000_000.25
+AT = "2027-01-15T08:00:00.250000Z"
+ANN = "ann@build"
+BOB = "bob@desk"
+TREE: Spec = {"dir": {"one": b"1", "deep": {"two": b"22"}}, "large": bytes(range(256)) * (CHUNK // 128), "link": "dir"}
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+async def bucket(store: MemoryStore) -> MemoryBucket:
+    """Three generations, which share nothing but the link."""
+    await store.create_bucket("app", BucketSpec(layout="generations"))
+    bucket = store.bucket("app")
+    for number in (1, 2, 3):
+        await commit(bucket, number, TREE | {"number": b"%d" % number})
+    return bucket
+
+
+@pytest.fixture
+def channels(bucket: MemoryBucket) -> Channels:
+    return Channels(bucket, lambda: NOW)
+
+
+@pytest.fixture(scope="session")
+def signers() -> list[Signer]:
+    return [Signer(generate()[0]) for _ in range(MAX_SIGNATURES + 1)]
+
+
+def trust_of(*signers: Signer, threshold: int = 1) -> Trust:
+    return Trust(frozenset(signer.public for signer in signers), threshold)
+
+
+async def link_of(bucket: Bucket, channel: str) -> ObjectInfo:
+    info = await bucket.get_info(CHANNELS + channel)
+    assert info is not None
+    return info
+
+
+async def move_of(bucket: Bucket, channel: str) -> Move:
+    return decode_move((await link_of(bucket, channel)).metadata[MOVE].encode())
+
+
+async def offer_of(bucket: Bucket, channel: str) -> Offer:
+    """What a subscriber reads."""
+    info = await link_of(bucket, channel)
+    assert info.link is not None
+    number = int((info.link.name or "").rpartition("/")[2])
+    record = await read_record(bucket, number)
+    assert record is not None
+    return Offer(
+        bucket.name,
+        channel,
+        number,
+        record.data,
+        record.info.metadata.get(SIGNATURES, ""),
+        info.metadata.get(MOVE, ""),
+        info.metadata.get(SIGNATURES, ""),
+    )
+
+
+async def metas(bucket: Bucket) -> list[Any]:
+    return [item async for page in bucket.changes(0) for item in page.items]
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, what: Callable[[], Awaitable[object]]) -> None:
+    """Let something happen once between the reading of a channel and its move."""
+    real = channels_module.require_whole
+    done: list[bool] = []
+
+    async def interfere(*arguments: Any) -> None:
+        if not done:
+            done.append(True)
+            await what()
+        await real(*arguments)
+
+    monkeypatch.setattr(channels_module, "require_whole", interfere)
+
+
+# -- promote --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_channel_is_made_by_its_first_promotion(bucket: MemoryBucket, channels: Channels) -> None:
+    """A link to the generation, and a record of the move: who, when, why, and the digest of what it leads to."""
+    moved = await channels.promote(2, "stable", who=ANN, why="tested")
+    info = await link_of(bucket, "stable")
+    found = await TreeReader(bucket).channel("stable")
+    assert found is not None
+    assert (info.link, found.generation.number) == (Link("app", generation_name(2)), 2)
+    assert await move_of(bucket, "stable") == Move("app", "stable", 1, 2, found.digest, AT, ANN, "tested", "")
+    assert SIGNATURES not in info.metadata
+    assert (moved.before, moved.number, moved.count, moved.seq, moved.record) == (0, 2, 1, info.seq, found.digest)
+    assert (moved.signed_by, moved.signatures, moved.expires) == ("", 0, "")
+
+
+async def test_moves_are_counted_forward_and_back(bucket: MemoryBucket, channels: Channels) -> None:
+    """Each move is one more, also one to where the channel is."""
+    for count, (number, before) in enumerate([(1, 0), (3, 1), (2, 3), (2, 2)], 1):
+        moved = await channels.promote(number, "stable", who=ANN)
+        assert (moved.count, moved.before, (await move_of(bucket, "stable")).count) == (count, before, count)
+
+
+async def test_a_move_may_end(bucket: MemoryBucket, channels: Channels) -> None:
+    """So long after it was made."""
+    await channels.promote(1, "stable", who=ANN, valid_seconds=86400)
+    assert seconds_of((await move_of(bucket, "stable")).expires) == NOW + 86400
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "-a", ".a", "12", "x" * 65, "a\n", "ü", "*", "channels/x"])
+async def test_a_name_that_cannot_be_a_channels_is_refused(channels: Channels, name: str) -> None:
+    """Digits alone would be a generation for all that takes both."""
+    with pytest.raises(UsageError, match="no name of a channel"):
+        await channels.promote(1, name, who=ANN)
+
+
+async def test_the_head_is_not_promoted(bucket: MemoryBucket, channels: Channels) -> None:
+    """It moves with commits."""
+    before = await link_of(bucket, HEAD)
+    with pytest.raises(UsageError, match="follows the commits"):
+        await channels.promote(1, HEAD, who=ANN)
+    assert await link_of(bucket, HEAD) == before
+
+
+@pytest.mark.fault("R8")
+async def test_a_generation_that_is_not_there_is_refused(bucket: MemoryBucket, channels: Channels) -> None:
+    """Never committed, or collected; nothing is written."""
+    await bucket.delete(generation_name(1), expected_seq=None, metadata={})
+    before = await metas(bucket)
+    for number in (1, 4):
+        with pytest.raises(UsageError, match=f"no generation {number}"):
+            await channels.promote(number, "stable", who=ANN)
+    assert await metas(bucket) == before
+
+
+async def test_a_move_that_cannot_be_recorded_is_refused(bucket: MemoryBucket, channels: Channels) -> None:
+    """What readers would refuse is not written."""
+    before = await metas(bucket)
+    for why in ("x" * 2000, "\ud800"):
+        with pytest.raises(UsageError, match="cannot be recorded"):
+            await channels.promote(1, "stable", who=ANN, why=why)
+    assert await metas(bucket) == before
+    assert len((await channels.promote(1, "stable", who="x" * 1000)).who) == 256
+
+
+@pytest.mark.fault("K7")
+async def test_a_record_of_another_folder_is_not_promoted(bucket: MemoryBucket, channels: Channels) -> None:
+    """Nor one of another number: whoever put it there."""
+    record = await read_record(bucket, 1)
+    assert record is not None
+    for name, data in (
+        (generation_name(8), record.data),
+        (generation_name(9), record.data.replace(b'"app"', b'"api"').replace(b'"number":1', b'"number":9')),
+    ):
+        await bucket.put_many([SmallPut(ObjectMeta(name), data, None, None)])
+        with pytest.raises(ObjectCorrupt, match="holds the record of generation"):
+            await channels.promote(int(name[-1]), "stable", who=ANN)
+        with pytest.raises(ObjectCorrupt, match="holds the record of generation"):
+            await sign_generation(bucket, int(name[-1]), Signer(generate()[0]))
+
+
+# -- two operators ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("R9")
+async def test_of_two_operators_the_second_is_told_who_was_first(
+    bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who moved it, where to and why; nothing of the second one's is there."""
+    await channels.promote(1, "stable", who=ANN)
+
+    async def other() -> None:
+        await channels.promote(3, "stable", who=BOB, why="urgent\x1b[2J")
+
+    meanwhile(monkeypatch, other)
+    with pytest.raises(WriteConflict) as told:
+        await channels.promote(2, "stable", who=ANN)
+    assert told.value.message == (f"{BOB} moved channel 'stable' to generation 3 meanwhile, at {AT} (urgent\\x1b[2J)")
+    assert "syncd channels app" in told.value.hint
+    move = await move_of(bucket, "stable")
+    assert (move.number, move.who, move.count) == (3, BOB, 2)
+
+
+@pytest.mark.fault("R9")
+async def test_operators_at_once_have_one_winner(bucket: MemoryBucket, channels: Channels) -> None:
+    """Also where the channel is new."""
+    for before in (0, 1):
+        results = await asyncio.gather(
+            *(Channels(bucket, lambda: NOW).promote(number, "stable", who=ANN) for number in (1, 2, 3)),
+            return_exceptions=True,
+        )
+        assert sum(isinstance(result, WriteConflict) for result in results) == 2
+        assert (await move_of(bucket, "stable")).count == before + 1
+
+
+@pytest.mark.fault("R9")
+async def test_a_channel_removed_under_an_operator_is_told(
+    bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that another tool moved, which records nothing."""
+    await channels.promote(1, "stable", who=ANN)
+    meanwhile(monkeypatch, lambda: channels.remove("stable"))
+    with pytest.raises(WriteConflict, match="somebody else removed channel 'stable' meanwhile"):
+        await channels.promote(2, "stable", who=ANN)
+    await channels.promote(1, "stable", who=ANN)
+    meanwhile(monkeypatch, lambda: bucket.put_link(CHANNELS + "stable", Link("app", generation_name(3))))
+    with pytest.raises(WriteConflict, match="somebody else moved channel 'stable' to generation 3 meanwhile"):
+        await channels.promote(2, "stable", who=ANN)
+
+
+@pytest.mark.fault("R9")
+async def test_a_commit_wins_over_a_rollback_of_the_head(
+    bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator looks again: what was bad may be mended by now."""
+    meanwhile(monkeypatch, lambda: commit(bucket, 4, {"good": b"x"}))
+    with pytest.raises(WriteConflict, match="generation 4 meanwhile"):
+        await channels.rollback(HEAD, who=ANN)
+    assert (await link_of(bucket, HEAD)).link == Link("app", generation_name(4))
+
+
+# -- collected blobs --------------------------------------------------------------------------------------------------
+
+
+class Layered(Builder):
+    """Large contents get a recipe of recipes."""
+
+    def _content(self, data: bytes, *, lie: bytes | None) -> Location:
+        location = super()._content(data, lie=lie)
+        if location.where is not Where.RECIPE:
+            return location
+        return Location(Where.RECIPE, self._blob(encode_recipe(Recipe(1, (Piece(location.blob, len(data)),)))))
+
+
+def blobs_of(spec: Spec) -> dict[str, bytes]:
+    builder = Layered()
+    builder.tree(spec)
+    return builder.blobs
+
+
+async def layered(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> MemoryBucket:
+    monkeypatch.setattr("tests.support.specs.Builder", Layered)
+    await store.create_bucket("app", BucketSpec(layout="generations"))
+    bucket = store.bucket("app")
+    await commit(bucket, 1, TREE)
+    await commit(bucket, 2, {"small": b"s"})
+    return bucket
+
+
+@pytest.mark.fault("R7")
+@pytest.mark.parametrize("place", range(len(blobs_of(TREE))))
+async def test_a_generation_without_one_of_its_blobs_is_refused(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """Whichever it is: content, chunk, recipe, recipe of recipes, node. The channel stays where it was."""
+    bucket = await layered(store, monkeypatch)
+    channels = Channels(bucket, lambda: NOW)
+    await channels.promote(2, "stable", who=ANN)
+    before = await metas(bucket)
+    blob = sorted(blobs_of(TREE))[place]
+    await bucket.remove_blobs([blob])
+    store.set_blob_payload("app", blob, None)
+    with pytest.raises(
+        ObjectGone, match=r"blobs of generation 1 were collected: blob \w+ (is gone|was removed)"
+    ) as told:
+        await channels.promote(1, "stable", who=ANN)
+    assert "keep_generations" in told.value.hint
+    with pytest.raises(ObjectGone):
+        await channels.rollback(HEAD, who=ANN)
+    assert await metas(bucket) == before
+
+
+@pytest.mark.fault("R7")
+async def test_a_damaged_node_is_refused(store: MemoryStore, bucket: MemoryBucket, channels: Channels) -> None:
+    """It could not be gone to either."""
+    record = await read_record(bucket, 1)
+    assert record is not None
+    store.set_blob_payload("app", record.generation.root.location.blob, b"\0garbage")
+    with pytest.raises(ObjectCorrupt, match="generation 1 cannot be read"):
+        await channels.promote(1, "stable", who=ANN)
+
+
+async def test_contents_are_looked_for_and_not_fetched(
+    store: MemoryStore, bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fetched are nodes and recipes, each once, however many files share them."""
+    spec: Spec = {"a": TREE, "b": TREE, **{f"copy{number}": TREE["large"] for number in range(20)}}
+    await commit(bucket, 4, spec)
+    builder = Builder()
+    builder.tree(spec)
+    contents = {digest_of(b"1"), digest_of(b"22")}
+    chunks = {digest_of(TREE["large"][at : at + CHUNK]) for at in range(0, len(TREE["large"]), CHUNK)}
+    asked: list[str] = []
+    real = MemoryBucket.get_blobs
+
+    def get_blobs(self: MemoryBucket, digests: Any) -> Any:
+        asked.extend(digests)
+        return real(self, digests)
+
+    monkeypatch.setattr(MemoryBucket, "get_blobs", get_blobs)
+    await channels.promote(4, "stable", who=ANN)
+    assert not contents.intersection(asked)
+    assert not chunks.intersection(asked)
+    assert sorted(asked) == sorted(set(builder.blobs) - contents - chunks)
+
+
+async def test_a_blob_that_the_listing_missed_is_asked_for(
+    bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing is no moment in time: what was sent meanwhile is no reason to refuse."""
+
+    async def nothing(_: MemoryBucket) -> AsyncIterator[dict[str, int]]:
+        yield {}
+
+    monkeypatch.setattr(MemoryBucket, "list_chunks", nothing)
+    assert (await channels.promote(1, "stable", who=ANN)).number == 1
+
+
+async def test_the_walk_leaves_no_thread_and_no_database(bucket: MemoryBucket) -> None:
+    """Also when it is cancelled or fails."""
+    record = await read_record(bucket, 1)
+    assert record is not None
+    await require_whole(bucket, record.generation)
+    task = asyncio.create_task(require_whole(bucket, record.generation))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("whole-")]
+
+
+@pytest.mark.fault("R7")
+async def test_a_generation_collected_during_the_move_is_told(
+    bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The channel may point at nothing then: whoever moved it has to know."""
+    real = MemoryBucket.put_link
+
+    async def collected(self: MemoryBucket, *arguments: Any, **options: Any) -> int:
+        await self.delete(generation_name(1), expected_seq=None, metadata={})
+        return await real(self, *arguments, **options)
+
+    monkeypatch.setattr(MemoryBucket, "put_link", collected)
+    with pytest.raises(ObjectGone, match="generation 1 was collected while channel 'stable' was moved to it"):
+        await channels.promote(1, "stable", who=ANN)
+
+
+@pytest.mark.fault("R7 X4")
+async def test_a_channel_holds_its_generation_against_collection(tmp_path: Path) -> None:
+    """What retention frees cannot be promoted any more; what a channel points at stays whole."""
+    store = MemoryStore()
+    source = tmp_path / "source"
+    source.mkdir()
+    now = [NOW]
+    options = PublishOptions(
+        "app", source, Rules(), "here:/source", layout="generations", keep_generations=1, grace_seconds=0
+    )
+    status = StatusKeeper(FolderStatus("publish", "app", "/"), clock=lambda: now[0], report=lambda _: None)
+
+    def publisher() -> Publisher:
+        return Publisher(options, store, tmp_path / "publish.db", status=status, clock=lambda: now[0])
+
+    channels = Channels(store.bucket("app"), lambda: NOW)
+    for number in (1, 2, 3):
+        (source / "file").write_bytes(b"%d" % number * 5000)
+        assert (await publisher().push()).generation == number
+        if number == 1:
+            await channels.promote(1, "stable", who=ANN)
+    now[0] += 10 * 86400
+    assert (await publisher().collect(dry_run=False)).generations_removed == 1
+    with pytest.raises(UsageError, match="no generation 2"):
+        await channels.promote(2, "stable", who=ANN)
+    assert (await channels.promote(1, "canary", who=ANN)).number == 1
+    assert (await channels.rollback(HEAD, who=ANN)).number == 1
+
+
+# -- rollback ---------------------------------------------------------------------------------------------------------
+
+
+async def test_rollback_goes_to_the_newest_that_is_older(bucket: MemoryBucket, channels: Channels) -> None:
+    """Of those that there still are; then there is none."""
+    await commit(bucket, 4, {"x": b"4"})
+    await channels.promote(4, "stable", who=ANN)
+    await bucket.delete(generation_name(3), expected_seq=None, metadata={})
+    moved = [await channels.rollback("stable", who=BOB, why="broken") for _ in range(2)]
+    assert [(one.before, one.number, one.count) for one in moved] == [(4, 2, 2), (2, 1, 3)]
+    assert (await move_of(bucket, "stable")).why == "broken"
+    with pytest.raises(UsageError, match="points at generation 1, and there is none older"):
+        await channels.rollback("stable", who=BOB)
+
+
+async def test_rollback_to_a_number_goes_back_only(bucket: MemoryBucket, channels: Channels) -> None:
+    """Forward is promotion, and there is nothing to do for where it is."""
+    await channels.promote(2, "stable", who=ANN)
+    with pytest.raises(UsageError, match="3 is newer") as told:
+        await channels.rollback("stable", to=3, who=ANN)
+    assert "syncd promote app 3 --channel stable" in told.value.hint
+    with pytest.raises(UsageError, match="points at generation 2 already"):
+        await channels.rollback("stable", to=2, who=ANN)
+    assert (await channels.rollback("stable", to=1, who=ANN)).count == 2
+
+
+async def test_the_head_goes_back_and_forward_again(bucket: MemoryBucket, channels: Channels) -> None:
+    """By moves that are counted like any others; numbers of commits stay what they are."""
+    assert (await channels.rollback(HEAD, who=ANN)).number == 2
+    assert (await channels.rollback(HEAD, to=1, who=ANN)).count == 2
+    assert (await channels.rollback(HEAD, to=3, who=ANN)).count == 3
+    with pytest.raises(UsageError, match="no generation 4"):
+        await channels.rollback(HEAD, to=4, who=ANN)
+    head = await TreeReader(bucket).channel(HEAD)
+    assert head is not None
+    assert head.generation.number == 3
+
+
+async def test_a_channel_that_is_not_there_is_named_with_those_that_are(channels: Channels) -> None:
+    """Before anything else."""
+    await channels.promote(1, "stable", who=ANN)
+    for name in ("", "canary", "a b"):
+        with pytest.raises(UsageError, match="has no channel") as told:
+            await channels.rollback(name, who=ANN)
+        assert told.value.hint == "channels: head, stable"
+
+
+async def test_a_channel_that_points_nowhere_is_put_right_by_a_number(bucket: MemoryBucket, channels: Channels) -> None:
+    """At a generation that is gone, at another folder, at no generation: the default knows no "before"."""
+    for number, target in enumerate((Link("other", generation_name(1)), Link("app", "readme"), Link("app", None)), 1):
+        await bucket.put_link(CHANNELS + "stable", target)
+        with pytest.raises(UsageError, match="points at no generation of this folder"):
+            await channels.rollback("stable", who=ANN)
+        assert (await channels.promote(number, "stable", who=ANN)).before == 0
+    await bucket.put_link(CHANNELS + "stable", Link("app", generation_name(7)))
+    assert (await channels.rollback("stable", who=ANN)).number == 3
+
+
+# -- counts -----------------------------------------------------------------------------------------------------------
+
+
+def move_text(**changes: Any) -> str:
+    fields: dict[str, Any] = {
+        "folder": "app",
+        "channel": "stable",
+        "count": 1,
+        "number": 1,
+        "record": "0" * 64,
+        "at": AT,
+    }
+    return encode_move(Move(**(fields | changes))).decode()
+
+
+@pytest.mark.fault("K3 K10")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not readable"),
+        (move_text() + " ", "is not readable"),
+        (move_text(channel="canary"), "is that of channel 'canary'"),
+        (move_text(folder="api"), "of 'api'"),
+        (move_text(count=MAX_COUNT), "nobody honest counted up to"),
+        (move_text(count=MAX_NEXT_COUNT), "nobody honest counted up to"),
+    ],
+)
+async def test_a_count_that_cannot_be_believed_is_asked_for(
+    bucket: MemoryBucket, channels: Channels, text: str, said: str
+) -> None:
+    """A forged count shall not leave a channel without a next one: a person says how far it really got."""
+    await bucket.put_link(CHANNELS + "stable", Link("app", generation_name(1)), metadata={MOVE: text})
+    before = await link_of(bucket, "stable")
+    with pytest.raises(ObjectCorrupt, match=said) as told:
+        await channels.promote(2, "stable", who=ANN)
+    assert "--count N" in told.value.hint
+    assert await link_of(bucket, "stable") == before
+    assert (await channels.promote(2, "stable", who=ANN, count=8)).count == 8
+    assert (await channels.rollback("stable", who=ANN)).count == 9
+
+
+async def test_a_count_goes_on_from_whatever_is_plausible(bucket: MemoryBucket) -> None:
+    """No record is no move; the last plausible count has a next one, which readers take."""
+    assert next_count(None, folder="app", channel="stable") == 1
+    assert next_count(await link_of(bucket, HEAD), folder="app", channel=HEAD) == 1
+    await bucket.put_link("l", Link("app", "x"), metadata={MOVE: move_text(count=MAX_NEXT_COUNT - 1)})
+    info = await bucket.get_info("l")
+    count = next_count(info, folder="app", channel="stable")
+    assert decode_move(move_text(count=count).encode()).count == MAX_NEXT_COUNT
+
+
+@pytest.mark.fault("U3")
+async def test_a_move_of_a_newer_version_is_not_written_over(bucket: MemoryBucket, channels: Channels) -> None:
+    """It means what this version does not know."""
+    text = move_text().replace('"format":1', '"format":2')
+    await bucket.put_link(CHANNELS + "stable", Link("app", generation_name(1)), metadata={MOVE: text})
+    with pytest.raises(FormatTooNew):
+        await channels.promote(2, "stable", who=ANN)
+
+
+async def test_a_channel_that_is_not_readable_is_written_over_on_a_persons_word(
+    store: MemoryStore, bucket: MemoryBucket, channels: Channels
+) -> None:
+    """With a count of one's own; it is shown meanwhile."""
+    await channels.promote(1, "stable", who=ANN)
+    token = "Y2hhbm5lbHMvc3RhYmxl"
+    store.write_raw_meta("app", token, b"{")
+    with pytest.raises(ObjectCorrupt):
+        await channels.promote(2, "stable", who=ANN)
+    (shown,) = [one for one in await channels.show() if one.name == "stable"]
+    assert (shown.number, shown.problem) == (0, "metadata is not JSON")
+    assert (await channels.promote(2, "stable", who=ANN, count=2)).count == 2
+    assert [one.problem for one in await channels.show()] == ["", ""]
+
+
+# -- removing and showing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("K2")
+async def test_a_channel_that_was_removed_goes_on_counting(
+    bucket: MemoryBucket, channels: Channels, signers: list[Signer]
+) -> None:
+    """Whoever followed it before follows it again, and takes no old move for a new one."""
+    trust = trust_of(signers[0])
+    for number in (1, 2):
+        await sign_generation(bucket, number, signers[0])
+    await channels.promote(1, "stable", who=ANN, signer=signers[0])
+    old = await offer_of(bucket, "stable")
+    seen = judge_offer(trust, Seen(), old).seen
+    await channels.remove("stable")
+    with pytest.raises(UsageError, match="no channel 'stable'"):
+        await channels.remove("stable")
+    assert [one.name for one in await channels.show()] == [HEAD]
+    assert (await channels.promote(2, "stable", who=ANN, signer=signers[0])).count == 2
+    seen = judge_offer(trust, seen, await offer_of(bucket, "stable")).seen
+    with pytest.raises(Untrusted, match="rollback or replay"):
+        judge_offer(trust, seen, old)
+
+
+async def test_the_head_is_not_removed(channels: Channels) -> None:
+    with pytest.raises(UsageError, match="cannot be removed"):
+        await channels.remove(HEAD)
+
+
+@pytest.mark.fault("R9")
+async def test_a_removal_is_fenced(bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A channel that was moved a moment ago is looked at again first."""
+    await channels.promote(1, "stable", who=ANN)
+    real = MemoryBucket.delete
+
+    async def late(self: MemoryBucket, *arguments: Any, **options: Any) -> int:
+        await channels.promote(2, "stable", who=BOB)
+        return await real(self, *arguments, **options)
+
+    monkeypatch.setattr(MemoryBucket, "delete", late)
+    with pytest.raises(WriteConflict, match=f"{BOB} moved channel 'stable' to generation 2"):
+        await channels.remove("stable")
+
+
+async def test_channels_are_shown_as_they_are(bucket: MemoryBucket, channels: Channels, signers: list[Signer]) -> None:
+    """The head first; what is wrong with one is said, and others are none the worse."""
+    await channels.promote(1, "stable", who=ANN, why="good", signer=signers[0], valid_seconds=60)
+    await bucket.put_link(CHANNELS + "plain", Link("app", generation_name(2)))
+    await bucket.put_link(CHANNELS + "gone", Link("app", generation_name(7)), metadata={MOVE: "{"})
+    await bucket.put_link(CHANNELS + "else", Link("other", generation_name(1)))
+    await bucket.put_link(CHANNELS + "forged", Link("app", generation_name(2)), metadata={MOVE: move_text()})
+    await bucket.put_link(CHANNELS + "torn", Link("app", generation_name(2)), metadata={MOVE: "{"})
+    await bucket.put_meta(ObjectMeta(CHANNELS + "object"), EMPTY, expected_seq=None)
+    found = {one.name: one for one in await channels.show()}
+    assert list(found) == [HEAD, "else", "forged", "gone", "object", "plain", "stable", "torn"]
+    stable = found["stable"]
+    assert (stable.number, stable.behind, stable.count, stable.who, stable.why) == (1, 2, 1, ANN, "good")
+    assert (stable.at, seconds_of(stable.expires), stable.signers) == (AT, NOW + 60, (signers[0].public,))
+    assert (found[HEAD].number, found[HEAD].behind, found[HEAD].count, found[HEAD].problem) == (3, 0, 0, "")
+    assert {name: one.problem for name, one in found.items() if one.problem} == {
+        "else": "it is no link to a generation of this folder",
+        "forged": "its move is that of channel 'stable' to generation 1",
+        "gone": "it points at generation 7, which is gone",
+        "object": "it is no link to a generation of this folder",
+        "torn": "its move is not readable: a channel's move is not JSON",
+    }
+
+
+# -- signatures -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_signed_move_to_a_signed_generation_is_followed(
+    bucket: MemoryBucket, channels: Channels, signers: list[Signer]
+) -> None:
+    """Two of three keys, each added by its holder; a co-signature is no new move."""
+    trust = trust_of(*signers[:3], threshold=2)
+    moved = await channels.promote(1, "stable", who=ANN, signer=signers[0])
+    assert (moved.signed_by, moved.signatures) == (signers[0].public, 0)
+    assert await sign_generation(bucket, 1, signers[0])
+    with pytest.raises(Untrusted, match="1 good signatures by trusted keys where 2 are needed"):
+        judge_offer(trust, Seen(), await offer_of(bucket, "stable"))
+    assert await channels.sign("stable", signers[1])
+    assert await sign_generation(bucket, 1, signers[2])
+    accepted = judge_offer(trust, Seen(), await offer_of(bucket, "stable"))
+    assert (accepted.move.number, accepted.seen.count) == (1, 1)
+    assert await channels.sign("stable", signers[2])
+    again = judge_offer(trust, accepted.seen, await offer_of(bucket, "stable"))
+    assert (again.seen.move, again.seen.count) == (accepted.seen.move, 1)
+    assert (await channels.promote(1, "stable", who=ANN, signer=signers[0])).signatures == 2
+
+
+async def test_a_signature_changes_nothing_else(
+    bucket: MemoryBucket, channels: Channels, signers: list[Signer]
+) -> None:
+    """The record, its metadata, the link and its move are what they were; a second time is nothing at all."""
+    await channels.promote(1, "stable", who=ANN)
+    content = await get(bucket, generation_name(1))
+    ways: list[tuple[str, Callable[[], Awaitable[bool]]]] = [
+        (generation_name(1), lambda: sign_generation(bucket, 1, signers[0])),
+        (CHANNELS + "stable", lambda: channels.sign("stable", signers[0])),
+    ]
+    for name, sign in ways:
+        before = await bucket.get_info(name)
+        assert before is not None
+        assert await sign()
+        after = await bucket.get_info(name)
+        assert after is not None
+        assert {**after.metadata, SIGNATURES: ""} == {**before.metadata, SIGNATURES: ""}
+        fields = ("link", "nuid", "size", "chunks", "digest", "headers", "chunk_size")
+        kept = fields if before.link is None else ("link", "size")
+        assert [getattr(after, field) for field in kept] == [getattr(before, field) for field in kept]
+        assert not await sign()
+        assert await bucket.get_info(name) == after
+    assert await get(bucket, generation_name(1)) == content
+    assert await TreeReader(bucket).channel("stable") is not None
+
+
+@pytest.mark.fault("K8")
+def test_only_good_signatures_are_kept_beside_a_new_one(signers: list[Signer]) -> None:
+    """Others' stay; damaged ones, those over something else, and what is no list, give way."""
+    data = b"record"
+    good = signature_text(Statement.MOVE, data, signers[0])
+    both = signature_text(Statement.MOVE, data, signers[1], before=good)
+    assert {one.key for one in decode_signatures(both)} == {signers[0].public, signers[1].public}
+    assert signature_text(Statement.MOVE, data, signers[1], before=both) == both
+    other = signature_text(Statement.GENERATION, data, signers[2])
+    for junk in (other, "[", "[]", good + " ", signature_text(Statement.MOVE, b"other", signers[2])):
+        alone = signature_text(Statement.MOVE, data, signers[1], before=junk)
+        assert [one.key for one in decode_signatures(alone)] == [signers[1].public]
+    assert signature_text(Statement.MOVE, data) == ""
+
+
+@pytest.mark.fault("K8")
+def test_there_are_so_many_signatures_and_no_more(signers: list[Signer]) -> None:
+    """Junk takes no place of them."""
+    data = b"record"
+    full = signature_text(Statement.MOVE, data, *signers[:MAX_SIGNATURES])
+    with pytest.raises(UsageError, match="which is the most"):
+        signature_text(Statement.MOVE, data, signers[-1], before=full)
+    assert signature_text(Statement.MOVE, data, signers[0], before=full) == full
+    junk = encode_signatures([one._replace(sig=bytes(64)) for one in decode_signatures(full)])
+    assert len(decode_signatures(signature_text(Statement.MOVE, data, signers[-1], before=junk))) == 1
+
+
+@pytest.mark.fault("K5 K7")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"channel": "canary"}, "the move is that of channel 'canary'"),
+        ({"folder": "api"}, "of folder 'api'"),
+        ({"number": 2}, "the move leads to generation 2"),
+        ({"record": "1" * 64}, "the move leads to another generation 1"),
+    ],
+)
+async def test_a_move_that_is_not_what_the_channel_does_is_not_signed(
+    bucket: MemoryBucket, channels: Channels, signers: list[Signer], changes: dict[str, Any], said: str
+) -> None:
+    """A signature over it could be shown elsewhere."""
+    record = await read_record(bucket, 1)
+    assert record is not None
+    text = move_text(**({"record": digest_of(record.data)} | changes))
+    await bucket.put_link(CHANNELS + "stable", Link("app", generation_name(1)), metadata={MOVE: text})
+    before = await link_of(bucket, "stable")
+    with pytest.raises(Untrusted, match=said):
+        await channels.sign("stable", signers[0])
+    assert await link_of(bucket, "stable") == before
+
+
+async def test_what_has_no_move_cannot_be_signed(
+    bucket: MemoryBucket, channels: Channels, signers: list[Signer]
+) -> None:
+    """Nor what is not there."""
+    with pytest.raises(UsageError, match="no recorded move"):
+        await channels.sign(HEAD, signers[0])
+    with pytest.raises(UsageError, match="no channel"):
+        await channels.sign("stable", signers[0])
+    with pytest.raises(UsageError, match="no generation 9"):
+        await sign_generation(bucket, 9, signers[0])
+    await channels.promote(1, "stable", who=ANN)
+    await bucket.delete(generation_name(1), expected_seq=None, metadata={})
+    with pytest.raises(ObjectGone, match="generation 1, which is gone"):
+        await channels.sign("stable", signers[0])
+
+
+@pytest.mark.fault("R9")
+async def test_signatures_added_at_once_are_not_lost(
+    bucket: MemoryBucket, channels: Channels, signers: list[Signer]
+) -> None:
+    """The second is told, tries again, and both are there."""
+    await channels.promote(1, "stable", who=ANN)
+    ways: list[Callable[[Signer], Awaitable[bool]]] = [
+        lambda one: sign_generation(bucket, 1, one),
+        lambda one: channels.sign("stable", one),
+    ]
+    for sign in ways:
+        results = await asyncio.gather(sign(signers[0]), sign(signers[1]), return_exceptions=True)
+        assert [type(result) for result in results] == [bool, WriteConflict]
+        assert await sign(signers[1])
+    offer = await offer_of(bucket, "stable")
+    trust = trust_of(signers[0], signers[1], threshold=2)
+    assert judge_offer(trust, Seen(), offer).move.number == 1
+
+
+async def test_the_publisher_records_moves_in_the_same_way(bucket: MemoryBucket, signers: list[Signer]) -> None:
+    """Of the head, with the commit: what it says is what readers check."""
+    record = await read_record(bucket, 3)
+    assert record is not None
+    head = await link_of(bucket, HEAD)
+    count = next_count(head, folder="app", channel=HEAD)
+    data = encode_record(record.generation)
+    move = Move("app", HEAD, count, 3, digest_of(data), AT, ANN)
+    await bucket.put_link(head.name, head.link or Link("", None), metadata=move_metadata(move, signers[0]))
+    await sign_generation(bucket, 3, signers[0])
+    assert judge_offer(trust_of(signers[0]), Seen(), await offer_of(bucket, HEAD)).move == move
+    assert SIGNATURES not in move_metadata(move, None)
+
+
+# -- trusted keys -----------------------------------------------------------------------------------------------------
+
+
+def plain(records: Any) -> dict[int, tuple[bytes, str]]:
+    return {version: (one.data, one.signatures) for version, one in records.items()}
+
+
+async def trusted(bucket: Bucket, configured: Trust) -> Trust:
+    """What a subscriber with this configuration trusts."""
+    return follow(configured, plain(await read_keys(bucket)), folder=bucket.name).trust
+
+
+def add(*signers: Signer, drop: tuple[Signer, ...] = (), threshold: int = 0, why: str = "") -> KeyChange:
+    return KeyChange(tuple(one.public for one in signers), tuple(one.public for one in drop), threshold, why)
+
+
+@pytest.mark.fault("K9")
+async def test_keys_are_replaced_by_those_before(bucket: MemoryBucket, signers: list[Signer]) -> None:
+    """A new key by the old one's word, then the old one goes by the new one's; it signs nothing any more."""
+    one, two, three = signers[:3]
+    sets = KeySets(bucket, lambda: NOW)
+    configured = trust_of(one)
+    done = await sets.change(configured, add(two, why="new laptop"), [one])
+    assert (done.version, done.keys, done.threshold) == (1, tuple(sorted((one.public, two.public))), 1)
+    assert (done.signatures, done.needed) == (1, 1)
+    record = decode_keys((await read_keys(bucket))[1].data)
+    assert (record.folder, record.parent, record.at, record.why) == ("app", "", AT, "new laptop")
+    assert (await trusted(bucket, configured)).keys == {one.public, two.public}
+    assert (await sets.change(configured, add(drop=(one,)), [two])).version == 2
+    assert (await trusted(bucket, configured)).keys == {two.public}
+    with pytest.raises(UsageError, match="none of the keys that are trusted now"):
+        await sets.change(configured, add(three), [one])
+    assert (await sets.change(trust_of(two), add(three, threshold=2), [two])).version == 3
+    shown = await sets.show(configured)
+    assert [(state.version, state.trusted, state.threshold) for state in shown] == [
+        (1, True, 1),
+        (2, True, 1),
+        (3, True, 2),
+    ]
+    assert shown[0].signers == (one.public,)
+    assert not any(state.trusted for state in await sets.show(None))
+    info = await bucket.get_info(keys_name(3))
+    assert info is not None
+    assert info.metadata["syncd-kind"] == "keys"
+
+
+@pytest.mark.fault("K8")
+async def test_a_key_set_waits_for_its_signatures(bucket: MemoryBucket, signers: list[Signer]) -> None:
+    """One of two holders writes it, the other adds theirs; until then nobody follows it."""
+    one, two, three = signers[:3]
+    configured = trust_of(one, two, threshold=2)
+    sets = KeySets(bucket, lambda: NOW)
+    done = await sets.change(configured, add(three), [one, one])
+    assert (done.signatures, done.needed) == (1, 2)
+    assert (await trusted(bucket, configured)).version == 0
+    assert [state.trusted for state in await sets.show(configured)] == [False]
+    assert await sets.sign(1, two)
+    assert not await sets.sign(1, two)
+    assert (await trusted(bucket, configured)).version == 1
+    with pytest.raises(UsageError, match="no key set 2"):
+        await sets.sign(2, two)
+
+
+@pytest.mark.fault("R9")
+async def test_of_two_who_change_keys_the_second_is_told(
+    bucket: MemoryBucket, signers: list[Signer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the same moment, and later, while the first one's waits; then only on purpose."""
+    one, two, three, four = signers[:4]
+    configured = trust_of(one, two, threshold=2)
+    sets = KeySets(bucket, lambda: NOW)
+    results = await asyncio.gather(
+        sets.change(configured, add(three), [one]), sets.change(configured, add(four), [two]), return_exceptions=True
+    )
+    assert isinstance(results[1], WriteConflict)
+    assert "somebody else wrote key set 1 meanwhile" in results[1].message
+    with pytest.raises(WriteConflict, match="there is a key set 1 already, which lacks signatures"):
+        await sets.change(configured, add(four), [two])
+    done = await sets.change(configured, add(four), [one, two], instead=True)
+    assert (done.version, done.signatures) == (1, 2)
+    assert (await trusted(bucket, configured)).keys == {one.public, two.public, four.public}
+
+
+@pytest.mark.fault("K1 K9")
+async def test_a_forged_chain_of_keys_is_not_gone_on_from(bucket: MemoryBucket, signers: list[Signer]) -> None:
+    """A thief who may write to the bucket names the operator's key beside his own: the operator must not sign that."""
+    operator, thief, fresh = signers[:3]
+    configured = trust_of(operator)
+    sets = KeySets(bucket, lambda: NOW)
+    await sets.change(trust_of(thief), add(operator), [thief])
+    await sets.change(trust_of(thief), add(fresh), [thief])
+    assert (await trusted(bucket, configured)).version == 0
+    with pytest.raises(WriteConflict, match="lacks signatures"):
+        await sets.change(configured, add(fresh), [operator])
+    done = await sets.change(configured, add(fresh), [operator], instead=True)
+    assert (done.version, set(done.keys)) == (1, {operator.public, fresh.public})
+    assert (await trusted(bucket, configured)).keys == {operator.public, fresh.public}
+
+
+@pytest.mark.fault("K5 K7")
+async def test_a_key_set_that_follows_another_one_is_not_signed(bucket: MemoryBucket, signers: list[Signer]) -> None:
+    """Or is another folder's."""
+    one, two, three = signers[:3]
+    sets = KeySets(bucket, lambda: NOW)
+    await sets.change(trust_of(one), add(two), [one])
+    first = (await read_keys(bucket))[1].data
+    for changed in (
+        first.replace(b'"version":1', b'"version":2').replace(b'"parent":""', b'"parent":"%s"' % (b"0" * 64)),
+        first.replace(b'"folder":"app"', b'"folder":"api"')
+        .replace(b'"version":1', b'"version":2')
+        .replace(b'"parent":""', b'"parent":"%s"' % digest_of(first).encode()),
+        first,
+    ):
+        await bucket.put_many([SmallPut(ObjectMeta(keys_name(2)), changed, None, None)])
+        with pytest.raises(ObjectCorrupt, match="key set 2 is another folder's, or does not follow"):
+            await sets.sign(2, three)
+
+
+async def test_key_sets_that_cannot_be_read_are_shown_and_not_followed(
+    store: MemoryStore, bucket: MemoryBucket, signers: list[Signer]
+) -> None:
+    """Nor does one fetch what is too large to be one; a missing one ends the chain."""
+    one, two = signers[:2]
+    sets = KeySets(bucket, lambda: NOW)
+    await sets.change(trust_of(one), add(two), [one])
+    await sets.change(trust_of(one), add(drop=(two,)), [one])
+    info = await bucket.get_info(keys_name(2))
+    assert info is not None
+    store.write_raw_chunks("app", info.nuid, [])
+    assert [bool(state.problem) for state in await sets.show(trust_of(one))] == [False, True]
+    assert (await trusted(bucket, trust_of(one))).version == 1
+    store.write_raw_meta("app", "a2V5cy8wMDAwMDAwMDAy", raw_meta(keys_name(2), b"", "n", size=1 << 30, chunks=8192))
+    store.faults.calls.clear()
+    assert (await read_keys(bucket))[2].data == b""
+    assert "download_many" in store.faults.calls
+    assert len([call for call in store.faults.calls if call == "download_many"]) == 1
+    await bucket.delete(keys_name(1), expected_seq=None, metadata={})
+    assert await read_keys(bucket) == {}
+    assert list(await read_keys(bucket, after=1)) == [2]
+
+
+async def test_a_change_that_makes_no_sense_is_refused(bucket: MemoryBucket, signers: list[Signer]) -> None:
+    """And writes nothing."""
+    one, two = signers[:2]
+    sets = KeySets(bucket, lambda: NOW)
+    configured = trust_of(one)
+    before = await metas(bucket)
+    for change, by, said in (
+        (add(one), [one], "is trusted already"),
+        (add(drop=(two,)), [one], "none of the keys"),
+        (add(drop=(one,)), [one], "0 keys"),
+        (add(*signers[1:]), [one], f"{MAX_SIGNATURES + 1} keys"),
+        (add(two, threshold=3), [one], "3 of 2 keys can never sign"),
+        (add(two), [], "needs the signature"),
+        (add(two), [two], "none of the keys"),
+        (KeyChange(("UABC",)), [one], "no public key of a user"),
+        (add(two, why="x" * 2000), [one], "cannot be recorded"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            await sets.change(configured, change, by)
+    assert await metas(bucket) == before
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+class Shell:
+    """Commands against a store in memory."""
+
+    def __init__(self, store: MemoryStore, capture: Any, directory: Path) -> None:
+        self.store = store
+        self.directory = directory
+        self._capture = capture
+        self.shown = ""
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        code = command_line.run(list(arguments))
+        out, err = (text.decode() for text in self._capture.readouterr())
+        self.shown += out + err
+        return code, out, err
+
+    def fine(self, *arguments: str) -> str:
+        code, out, err = self.run(*arguments)
+        assert (code, err) == (EXIT_OK, "")
+        return out
+
+    def seed(self, name: str) -> tuple[str, str]:
+        """A seed file and its public key."""
+        file = str(self.directory / name)
+        return file, self.fine("keygen", file).strip()
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capfdbinary: Any, tmp_path: Path) -> Shell:
+    store = MemoryStore()
+
+    @asynccontextmanager
+    async def open_store(_: Settings) -> AsyncIterator[tuple[MemoryStore, None]]:
+        yield store, None
+
+    async def fill() -> None:
+        await store.create_bucket("app", BucketSpec(layout="generations"))
+        for number in (1, 2, 3):
+            await commit(store.bucket("app"), number, TREE | {"number": b"%d" % number})
+        await store.create_bucket("plain", BucketSpec())
+
+    asyncio.run(fill())
+    monkeypatch.setattr(oneshot, "open_store", open_store)
+    monkeypatch.setenv("SYNCD_DAEMON__STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("SYNCD_DAEMON__HOST", "desk")
+    monkeypatch.setenv("SUDO_USER", "ann")
+    for one in cli_channels.COMMANDS:
+        assert one.name is not None
+        monkeypatch.setitem(command_line.cli.commands, one.name, one)
+    return Shell(store, capfdbinary, tmp_path)
+
+
+def test_promote_rollback_and_channels_say_what_they_did(shell: Shell) -> None:
+    """Once in words, once as JSON."""
+    assert shell.fine("promote", "app", "1", "--channel", "stable") == "app: channel stable: generation 1 (move 1)\n"
+    out = shell.fine("promote", "app", "head", "--channel", "stable", "--why", "tested by hand")
+    assert out == "app: channel stable: generation 1 -> generation 3 (move 2)\n"
+    assert shell.fine("rollback", "app", "--channel", "stable").endswith("generation 3 -> generation 2 (move 3)\n")
+    moved = json.loads(shell.fine("rollback", "app", "--channel", "stable", "--to", "1", "--json"))
+    assert (moved["before"], moved["number"], moved["count"], moved["who"]) == (2, 1, 4, "ann@desk")
+    assert "generation 3 -> generation 2" in shell.fine("rollback", "app")
+    lines = [line.split() for line in shell.fine("channels", "app").splitlines()]
+    assert lines[0] == ["channel", "generation", "behind", "moves", "time", "by", "signed", "why"]
+    assert [line[:4] for line in lines[1:]] == [["head", "2", "1", "1"], ["stable", "1", "2", "4"]]
+    assert json.loads(shell.fine("channels", "app", "--json"))[1]["who"] == "ann@desk"
+    assert "stable" not in shell.fine("channels", "app", "--remove", "stable")
+    assert "(move 5)" in shell.fine("promote", "app", "2", "--channel", "stable", "--valid-days", "30").replace(
+        ", valid until", ") until"
+    )
+
+
+def test_who_moves_is_told_as_far_as_it_is_known(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who called sudo, the user, or the number of one without a name; nothing a terminal acts on."""
+    settings = load(None, os.environ)
+    assert cli_channels.who_moves(settings) == "ann@desk"
+    monkeypatch.setenv("SUDO_USER", "a\x1b[2J")
+    assert cli_channels.who_moves(settings) == "a\\x1b[2J@desk"
+    monkeypatch.delenv("SUDO_USER")
+    monkeypatch.setattr("getpass.getuser", lambda: "bob")
+    assert cli_channels.who_moves(settings) == "bob@desk"
+
+    def nobody() -> str:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert cli_channels.who_moves(settings) == f"{os.getuid()}@desk"
+
+
+def test_what_others_wrote_is_shown_without_harm(shell: Shell) -> None:
+    """Escape sequences of a channel's name, and of who and why."""
+
+    async def forge() -> None:
+        text = move_text(channel="x\x1b[2J", who="\x1b[31m", why="\u202e")
+        link = Link("app", generation_name(1))
+        await shell.store.bucket("app").put_link(CHANNELS + "x\x1b[2J", link, metadata={MOVE: text})
+        await shell.store.bucket("app").put_link(CHANNELS + "\x1b[2Jgone", Link("app", generation_name(9)))
+
+    asyncio.run(forge())
+    code, out, err = shell.run("channels", "app")
+    assert (code, err) == (EXIT_OK, "  \\x1b[2Jgone: it points at generation 9, which is gone\n")
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+    assert "x\\x1b[2J" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("promote", "app", "9", "--channel", "stable"), EXIT_USAGE, "the oldest is 1, the newest 3"),
+        (("promote", "app", "beta", "--channel", "stable"), EXIT_USAGE, "no channel 'beta'"),
+        (("promote", "app", "1", "--channel", "head"), EXIT_USAGE, "follows the commits"),
+        (("promote", "app", "1", "--channel", "a/b"), EXIT_USAGE, "no name of a channel"),
+        (("promote", "app", "1"), EXIT_USAGE, "Missing option '--channel'"),
+        (("promote", "app", "1", "--channel", "s", "--why", "a\nb"), EXIT_USAGE, "control characters"),
+        (("promote", "app", "1", "--channel", "s", "--valid-days", "0"), EXIT_USAGE, "valid-days"),
+        (("promote", "plain", "1", "--channel", "s"), EXIT_USAGE, "objects layout"),
+        (("promote", "none", "1", "--channel", "s"), 69, "does not exist"),
+        (("promote", "app", "1", "--channel", "s", "--seed-file", "/nonexistent"), EXIT_CONFIG, "cannot read"),
+        (("rollback", "app", "--channel", "stable"), EXIT_USAGE, "no channel 'stable'"),
+        (("rollback", "app", "--to", "8"), EXIT_USAGE, "no generation 8"),
+        (("rollback", "app", "--to", "3"), EXIT_USAGE, "points at generation 3 already"),
+        (("channels", "plain"), EXIT_USAGE, "objects layout"),
+        (("channels", "app", "--remove", "head"), EXIT_USAGE, "cannot be removed"),
+        (("keys", "app", "--threshold", "1"), EXIT_USAGE, "which keys are trusted now"),
+        (("keys", "app", "--trust", "UABC"), EXIT_USAGE, "no public nkey"),
+        (("sign", "app", "--seed-file", "x"), EXIT_USAGE, "nothing to sign"),
+    ],
+)
+def test_what_cannot_be_done_ends_in_one_line(shell: Shell, arguments: tuple[str, ...], code: int, said: str) -> None:
+    """And in a documented exit code."""
+    found, out, err = shell.run(*arguments)
+    assert (found, out, err.count("\n")) == (code, "", 1)
+    assert said in err
+
+
+@pytest.mark.fault("R7 R9")
+def test_a_refused_move_ends_in_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collected blobs, and another operator."""
+    meanwhile(monkeypatch, lambda: Channels(shell.store.bucket("app"), lambda: NOW).promote(1, "stable", who=BOB))
+    code, out, err = shell.run("promote", "app", "2", "--channel", "stable")
+    assert (code, out) == (EXIT_FAILED, "")
+    assert err.startswith(f"syncd: {BOB} moved channel 'stable' to generation 1 meanwhile")
+    shell.store.set_blob_payload("app", digest_of(b"22"), None)
+    code, out, err = shell.run("promote", "app", "2", "--channel", "stable")
+    assert (code, out, err.count("\n")) == (EXIT_FAILED, "", 1)
+    assert err.startswith("syncd: blobs of generation 2 were collected")
+
+
+@pytest.mark.fault("K14")
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
+def test_keygen_writes_a_seed_that_nobody_else_reads(shell: Shell, umask: int) -> None:
+    """Mode 0600 whatever the umask; what is printed is the public key alone."""
+    before = os.umask(umask)
+    try:
+        file, public = shell.seed("app.seed")
+    finally:
+        os.umask(before)
+    path = shell.directory / "app.seed"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_text().startswith("SU")
+    assert cli_channels.read_signer(path).public == public
+    assert path.read_text().strip() not in shell.shown
+    assert file == str(path)
+
+
+@pytest.mark.fault("K14")
+def test_keygen_never_writes_over(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file, a dangling symlink, a directory; a disk that fails leaves no half of a seed."""
+    shell.seed("app.seed")
+    content = (shell.directory / "app.seed").read_text()
+    (shell.directory / "dangling").symlink_to(shell.directory / "elsewhere")
+    (shell.directory / "directory").mkdir()
+    for name in ("app.seed", "dangling"):
+        code, out, err = shell.run("keygen", str(shell.directory / name))
+        assert (code, out) == (EXIT_USAGE, "")
+        assert "is there already" in err
+    assert shell.run("keygen", str(shell.directory / "directory"))[0] == EXIT_USAGE
+    assert shell.run("keygen", str(shell.directory / "no" / "such"))[0] == EXIT_TEMPFAIL
+    assert (shell.directory / "app.seed").read_text() == content
+    assert not (shell.directory / "elsewhere").exists()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, out, err = shell.run("keygen", str(shell.directory / "other"))
+    assert (code, out) == (EXIT_TEMPFAIL, "")
+    assert "No space left on device" in err
+    assert not (shell.directory / "other").exists()
+
+
+@pytest.mark.fault("K14")
+def test_a_seed_is_read_and_never_shown(tmp_path: Path, capfd: Any) -> None:
+    """As keygen and the nk tool write it; what is none is not repeated in the message."""
+    seed, public = generate()
+    account = "SAAJ5JJG6XVCGDAEFEPF7VPYDLNRQFRQUTXMTVEBZVRMQCUR3JIAGQLFYU"
+    file = tmp_path / "seed"
+    for text in (seed, f"{seed}\n", f"# app\n\n  {seed}\r\n{public}\n"):
+        file.write_text(text)
+        file.chmod(0o600)
+        assert cli_channels.read_signer(file).public == public
+    assert capfd.readouterr().err == ""
+    file.chmod(0o640)
+    assert cli_channels.read_signer(file).public == public
+    assert capfd.readouterr().err == f"syncd: {file} can be read by others (chmod 600)\n"
+    for text in ("", public, seed[:-1], seed[:20] + "A" + seed[21:], account, "\xff\xfe" * 100, "SU" + "A" * 10_000):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="holds no seed") as told:
+            cli_channels.read_signer(file)
+        assert text not in str(told.value) or not text
+        assert told.value.__cause__ is None
+    with pytest.raises(ConfigError, match="cannot read"):
+        cli_channels.read_signer(tmp_path)
+
+
+@pytest.mark.fault("K14")
+def test_a_folder_gets_signed_moves_and_new_keys_from_the_command_line(shell: Shell) -> None:
+    """From two seeds to a subscriber that follows; and no seed is ever shown."""
+    one, first = shell.seed("one.seed")
+    two, second = shell.seed("two.seed")
+    code, out, err = shell.run("promote", "app", "2", "--channel", "stable", "--seed-file", one)
+    assert (code, out) == (EXIT_OK, f"app: channel stable: generation 2 (move 1, signed by {first})\n")
+    assert "generation 2 itself is not signed" in err
+    out = shell.fine("sign", "app", "--channel", "stable", "--seed-file", one)
+    assert out.splitlines() == [
+        f"app: generation 2: signed by {first}",
+        f"app: channel stable: had been signed already by {first}",
+    ]
+    signed = json.loads(shell.fine("sign", "app", "--channel", "stable", "--seed-file", two, "--json"))
+    assert signed == {
+        "key": second,
+        "signed": [{"what": "generation 2", "new": True}, {"what": "channel stable", "new": True}],
+    }
+    trust = Trust(frozenset((first, second)), 2)
+    offer = asyncio.run(offer_of(shell.store.bucket("app"), "stable"))
+    assert judge_offer(trust, Seen(), offer).move.who == "ann@desk"
+    assert shell.fine("sign", "app", "--generation", "1", "--seed-file", one).endswith(f"signed by {first}\n")
+    record = asyncio.run(read_record(shell.store.bucket("app"), 1))
+    assert record is not None
+    check_signed(Trust(frozenset((first,)), 1), Statement.GENERATION, record.data, record.info.metadata[SIGNATURES])
+    assert "no key sets" in shell.fine("keys", "app")
+    out = shell.fine("keys", "app", "--trust", first, "--add", second, "--threshold", "2", "--seed-file", one)
+    assert out.splitlines()[0].startswith("key set 1 (trusted): 2 of 2 have to sign")
+    assert set(out.split()) >= {first, second}
+    arguments = ("keys", "app", "--trust", first, "--remove", first, "--threshold", "1", "--seed-file", two)
+    assert "key set 2 (waits for signatures)" in shell.fine(*arguments, "--why", "stolen")
+    code, out, err = shell.run(*arguments)
+    assert (code, out, err.count("\n")) == (EXIT_FAILED, "", 1)
+    assert shell.fine("sign", "app", "--keys", "2", "--seed-file", one) == f"app: key set 2: signed by {first}\n"
+    states = json.loads(shell.fine("keys", "app", "--trust", first, "--json"))
+    assert [(state["version"], state["keys"], state["trusted"]) for state in states][1] == (2, [second], True)
+    assert "(not checked: --trust)" in shell.fine("keys", "app")
+    for name in ("one.seed", "two.seed"):
+        assert (shell.directory / name).read_text().strip() not in shell.shown
+
+
+@pytest.mark.fault("K5")
+def test_what_must_not_be_signed_ends_in_one_line(shell: Shell) -> None:
+    """A move that leads elsewhere than its channel."""
+    seed, _ = shell.seed("one.seed")
+
+    async def forge() -> None:
+        link = Link("app", generation_name(1))
+        await shell.store.bucket("app").put_link(CHANNELS + "stable", link, metadata={MOVE: move_text(number=2)})
+
+    asyncio.run(forge())
+    code, out, err = shell.run("sign", "app", "--channel", "stable", "--seed-file", seed)
+    assert (code, out, err.count("\n")) == (EXIT_NOPERM, "", 1)
+    assert "the move leads to generation 2" in err

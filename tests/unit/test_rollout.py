@@ -1,0 +1,486 @@
+"""Generations on their way into place: hooks before and after, releases, the way back, pins, channels, modes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from syncd import rollout
+from syncd.channels import Channels
+from syncd.checkout import Held
+from syncd.errors import ObjectGone, UsageError
+from syncd.modes import ModePolicy
+from syncd.outlet import PublishOptions
+from syncd.publisher import Publisher
+from syncd.rollout import RolloutOptions
+from syncd.rules import Rules
+from syncd.status import FolderState, FolderStatus, StatusKeeper
+from syncd.store.memory import MemoryStore
+from syncd.subscriber import SubscribeOptions, Subscriber
+
+if TYPE_CHECKING:
+    from syncd.upstream import PullResult
+
+MODES = pytest.mark.parametrize("mode", ["mirror", "release"])
+
+
+class Site:
+    """One publisher and one host on the memory twin; hooks are shell scripts that write into ``log``."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.tmp = tmp
+        self.store = MemoryStore()
+        self.source = tmp / "source"
+        self.source.mkdir()
+        self.root = tmp / "mirror"
+        self.log = tmp / "log"
+        self.options = RolloutOptions(health_seconds=0.5, timeout=10)
+        self.extra: dict[str, Any] = {}
+        self.pinned = 0
+
+    def hook(self, text: str) -> tuple[str, ...]:
+        return ("/bin/sh", "-c", text, "hook", str(self.log))
+
+    def says(self, word: str, condition: str = "true") -> tuple[str, ...]:
+        """A hook that notes its word, generation and what it comes after, and succeeds on a condition."""
+        return self.hook(f'echo "{word} $SYNCD_GENERATION after ${{SYNCD_PREVIOUS:-none}}" >> "$1"; {condition}')
+
+    def told(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    async def push(self, **files: str | None) -> int:
+        for name, text in files.items():
+            path = self.source / name
+            if text is None:
+                path.unlink()
+            else:
+                path.write_text(text)
+        options = PublishOptions("app", self.source, Rules(), "here:/source")
+        status = StatusKeeper(FolderStatus("publish", "app", "/"), clock=time.time, report=lambda _: None)
+        result = await Publisher(options, self.store, self.tmp / "publish.db", status=status).push(allow_delete=True)
+        return result.generation
+
+    def subscriber(self, report: Any = lambda _: None) -> Subscriber:
+        options = SubscribeOptions("app", self.root, Rules(), rollout=self.options, **self.extra)
+        status = StatusKeeper(FolderStatus("subscribe", "app", str(self.root)), clock=time.time, report=report)
+        index = self.tmp / "state" / "index.db"
+        index.parent.mkdir(exist_ok=True)
+        return Subscriber(options, self.store, index, status=status, pin=lambda: self.pinned)
+
+    async def pull(self, **arguments: Any) -> PullResult:
+        return await self.subscriber().pull(**arguments)
+
+    @property
+    def tree(self) -> Path:
+        return self.root / "current" if self.options.mode == "release" else self.root
+
+    def files(self) -> dict[str, str]:
+        return {
+            path.name: path.read_text()
+            for path in sorted(self.tree.iterdir())
+            if path.is_file() and not path.name.startswith(".")
+        }
+
+    def releases(self) -> list[str]:
+        return sorted(path.name for path in (self.root / "releases").iterdir())
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+# -- check -------------------------------------------------------------------------------------------------------------
+
+
+@MODES
+@pytest.mark.fault("R2")
+async def test_what_the_check_refuses_changes_nothing(site: Site, mode: Any) -> None:
+    """The staged tree is looked at whole before anything changes; its failure leaves the mirror as it was."""
+    check = site.hook('echo "$(cat "$SYNCD_STAGED"/*)" >> "$1"; test ! -e "$SYNCD_STAGED/bad"')
+    site.options = replace(site.options, mode=mode, check=check)
+    await site.push(a="one", same="s")
+    await site.pull()
+    await site.push(a="two", bad="!")
+    with pytest.raises(Held, match="check hook: exit code 1"):
+        await site.pull()
+    assert site.files() == {"a": "one", "same": "s"}
+    assert site.told() == ["ones", "two!s"]
+    with pytest.raises(Held):  # not tried again: the hook is not asked
+        await site.pull()
+    assert len(site.told()) == 2
+    await site.push(bad=None, a="three")
+    assert (await site.pull()).generation == 3
+    assert site.files() == {"a": "three", "same": "s"}
+
+
+@MODES
+async def test_the_mirror_is_kept_as_it_must_be_while_a_generation_is_held(site: Site, mode: Any) -> None:
+    """Drift is repaired from the generation before."""
+    site.options = replace(site.options, mode=mode, check=site.hook('test ! -e "$SYNCD_STAGED/bad"'))
+    await site.push(a="one", b="b")
+    await site.pull()
+    await site.push(a="two", bad="!")
+    with pytest.raises(Held):
+        await site.pull()
+    (site.tree / "b").unlink() if mode == "mirror" else _force_out(site.tree / "b")
+    with pytest.raises(Held):
+        await site.pull()
+    assert site.files() == {"a": "one", "b": "b"}
+
+
+def _force_out(path: Path) -> None:
+    path.resolve().parent.chmod(0o755)
+    path.unlink()
+
+
+@MODES
+async def test_a_check_that_refuses_the_first_generation_leaves_nothing(site: Site, mode: Any) -> None:
+    """There is nothing to be at: nothing appears."""
+    site.options = replace(site.options, mode=mode, check=site.hook("false"))
+    await site.push(a="one")
+    for _ in range(2):
+        with pytest.raises(Held):
+            await site.pull()
+    assert not (site.tree / "a").exists()
+
+
+# -- apply and health --------------------------------------------------------------------------------------------------
+
+
+@MODES
+@pytest.mark.fault("R1")
+async def test_apply_runs_once_after_the_whole_set(site: Site, mode: Any) -> None:
+    """It sees all new files, and the list of what changed; a round without changes runs nothing."""
+    apply = site.hook(
+        'echo "$(cat "$SYNCD_PATH/a" "$SYNCD_PATH/b") $(tr "\\n\\t" ",:" < "$SYNCD_CHANGED_FILE")" >> "$1"'
+    )
+    site.options = replace(site.options, mode=mode, apply=apply)
+    await site.push(a="1", b="2", c="3")
+    await site.pull()
+    await site.pull()
+    await site.push(a="4", c=None)
+    await site.pull()
+    assert site.told() == ["12 A:a,A:b,A:c,", "42 M:a,D:c,"]
+
+
+@MODES
+@pytest.mark.parametrize("which", ["apply", "health"])
+@pytest.mark.fault("R1")
+async def test_a_failing_hook_goes_back_to_the_generation_before(site: Site, mode: Any, which: str) -> None:
+    """The one before comes back, its hooks run again, the new one is not tried again, a newer one is."""
+    good = '! grep -q bad "$SYNCD_PATH/a"'
+    hooks = {"apply": site.says("apply"), "health": site.says("health")} | {which: site.says(which, good)}
+    site.options = replace(site.options, mode=mode, health_seconds=1.5, **hooks)
+    await site.push(a="one", b="b")
+    await site.pull()
+    await site.push(a="bad", c="c")
+    for _ in range(2):
+        with pytest.raises(Held, match=f"{which} hook: exit code 1"):
+            await site.pull()
+        assert site.files() == {"a": "one", "b": "b"}
+    assert site.told()[0] == "apply 1 after none"
+    assert [line for line in site.told() if line.startswith("apply")][1:] == ["apply 2 after 1", "apply 1 after 2"]
+    await site.push(a="good")
+    assert (await site.pull()).generation == 3
+    assert site.files() == {"a": "good", "b": "b", "c": "c"}
+
+
+async def test_health_is_tried_until_it_succeeds(site: Site) -> None:
+    """What needs a moment gets it."""
+    site.options = replace(site.options, health_seconds=10, health=site.says("health", 'test "$(wc -l < "$1")" -ge 2'))
+    await site.push(a="one")
+    assert (await site.pull()).generation == 1
+    assert len(site.told()) == 2
+
+
+@MODES
+async def test_a_first_generation_that_fails_stays_and_says_so(site: Site, mode: Any) -> None:
+    """There is nothing to go back to."""
+    site.options = replace(site.options, mode=mode, health_seconds=1.5, health=site.hook("false"))
+    await site.push(a="one")
+    with pytest.raises(Held, match="no generation to go back to"):
+        await site.pull()
+    assert site.files() == {"a": "one"}
+    await site.push(a="two")
+    with pytest.raises(Held):
+        await site.pull()
+
+
+@MODES
+async def test_a_person_has_a_refused_generation_tried_again(site: Site, mode: Any) -> None:
+    """``syncd allow`` forgets refusals; it allows no deletion by that."""
+    site.options = replace(site.options, mode=mode, check=site.says("check", 'test -e "$1.good"'))
+    await site.push(a="one")
+    given = [False]
+
+    class Word:
+        def given(self) -> bool:
+            return given[0]
+
+        def clear(self) -> None:
+            given[0] = False
+
+    states: list[FolderStatus] = []
+    subscriber = site.subscriber(states.append)
+    subscriber._allowance = Word()  # type: ignore[assignment]
+    running = asyncio.create_task(subscriber.run())
+    try:
+        await _until(lambda: bool(states) and states[-1].state is FolderState.HALTED)
+        site.log.with_name("log.good").touch()
+        given[0] = True
+        await _until(lambda: states[-1].generation == 1)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert site.files() == {"a": "one"}
+
+
+async def _until(condition: Any) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+# -- crashes -----------------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    pass
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def point(at: str) -> None:
+        if at == name:
+            raise Crash
+
+    monkeypatch.setattr(rollout, "crash_point", point)
+
+
+@MODES
+@pytest.mark.parametrize("point", ["hooks_begun", "apply_hook_done", "health_hook_done"])
+@pytest.mark.fault("C3", "R1")
+async def test_hooks_that_were_cut_off_run_at_the_next_start(
+    site: Site, mode: Any, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last path and the end of the hooks nothing is forgotten."""
+    site.options = replace(site.options, mode=mode, apply=site.says("apply"), health=site.says("health"))
+    await site.push(a="one")
+    crash_at(monkeypatch, point)
+    with pytest.raises(Crash):
+        await site.pull()
+    monkeypatch.undo()
+    site.log.unlink(missing_ok=True)
+    assert (await site.pull()).generation == 1
+    assert site.told() == ["apply 1 after none", "health 1 after none"]
+    await site.pull()
+    assert len(site.told()) == 2
+
+
+@MODES
+@pytest.mark.fault("C7")
+async def test_a_crash_loop_is_capped(site: Site, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook that kills us each time is begun so often and no more; then the generation before comes back."""
+    site.options = replace(site.options, mode=mode, max_failures=2, apply=site.says("apply"))
+    await site.push(a="one")
+    await site.pull()
+    await site.push(a="two")
+    crash_at(monkeypatch, "apply_hook_done")
+    for _ in range(2):
+        with pytest.raises(Crash):
+            await site.pull()
+    assert site.files() == {"a": "two"}
+    monkeypatch.undo()
+    with pytest.raises(Held, match="began 2 times and never ended"):
+        await site.pull()
+    assert site.files() == {"a": "one"}
+
+
+@pytest.mark.parametrize("point", ["release_switched"])
+@pytest.mark.fault("C3")
+async def test_a_switch_that_was_not_remembered_is_taken_up(
+    site: Site, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The release that is current is the one that counts; nothing is downloaded again, and its hooks run."""
+    site.options = replace(site.options, mode="release", apply=site.says("apply"))
+    await site.push(a="one")
+    await site.pull()
+    await site.push(a="two")
+    crash_at(monkeypatch, point)
+    with pytest.raises(Crash):
+        await site.pull()
+    monkeypatch.undo()
+    assert site.files() == {"a": "two"}
+    result = await site.pull()
+    assert (result.generation, result.downloaded_bytes) == (2, 0)
+    assert site.told() == ["apply 1 after none", "apply 2 after 1"]
+
+
+# -- releases ----------------------------------------------------------------------------------------------------------
+
+
+async def test_releases_stand_side_by_side_and_are_pruned(site: Site) -> None:
+    """Each generation has its directory; the newest few are kept; unchanged files are shared."""
+    site.options = replace(site.options, mode="release", keep_releases=2, modes=ModePolicy(read_only=True))
+    await site.push(same="always")
+    for text in "123":
+        await site.push(a=text)
+        await site.pull()
+    names = site.releases()
+    assert [name.split("-")[0] for name in names] == ["3", "4"]
+    assert (site.root / "current").resolve().name == names[-1]
+    one, other = (site.root / "releases" / name / "same" for name in names)
+    assert one.stat().st_ino == other.stat().st_ino
+    assert not os.access(other, os.W_OK) or os.geteuid() == 0
+    assert other.stat().st_mode & 0o222 == 0
+
+
+async def test_going_back_to_a_kept_release_downloads_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rename: neither blobs nor nodes are asked for, and everything is as it was."""
+    site.options = replace(site.options, mode="release")
+    for text in "12":
+        await site.push(a=text, **{f"only{text}": text})
+        await site.pull()
+    first = site.releases()[0]
+    await Channels(site.store.bucket("app"), time.time).rollback("head", to=1, who="me", why="")
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a blob was asked for")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(site.store.bucket("app")), "get_blobs", refuse)
+        result = await site.pull()
+    assert (result.generation, result.downloaded_bytes) == (1, 0)
+    assert (site.root / "current").resolve().name == first
+    assert site.files() == {"a": "1", "only1": "1"}
+    await site.push(a="3")
+    assert (await site.pull()).generation == 3
+    assert site.files() == {"a": "3", "only1": "1", "only2": "2"}
+
+
+async def test_drift_in_the_current_release_is_repaired_there(site: Site) -> None:
+    """What somebody forced into a release is put right in place; other releases are not touched."""
+    site.options = replace(site.options, mode="release")
+    await site.push(a="one", b="two")
+    await site.pull()
+    path = site.tree / "a"
+    path.resolve().parent.chmod(0o755)
+    path.unlink()
+    path.write_text("forged")
+    await site.pull()
+    assert site.files() == {"a": "one", "b": "two"}
+    assert len(site.releases()) == 1
+
+
+async def test_release_mode_needs_generations(site: Site) -> None:
+    """The objects layout knows nothing whole."""
+    options = PublishOptions("app", site.source, Rules(), "here:/source", layout="objects")
+    status = StatusKeeper(FolderStatus("publish", "app", "/"), clock=time.time, report=lambda _: None)
+    (site.source / "a").write_text("one")
+    await Publisher(options, site.store, site.tmp / "publish.db", status=status).push()
+    site.options = replace(site.options, mode="release")
+    with pytest.raises(UsageError, match="release"):
+        await site.pull()
+    assert not (site.root / "current").exists()
+
+
+# -- where to go -------------------------------------------------------------------------------------------------------
+
+
+@MODES
+async def test_a_host_follows_its_channel_forward_and_back(site: Site, mode: Any) -> None:
+    """Commits do not move it; promotions and rollbacks do."""
+    site.options = replace(site.options, mode=mode)
+    site.extra = {"channel": "stable"}
+    channels = Channels(site.store.bucket("app"), time.time)
+    await site.push(a="one")
+    await channels.promote(1, "stable", who="me", why="")
+    await site.push(a="two")
+    assert ((await site.pull()).generation, site.files()) == (1, {"a": "one"})
+    await channels.promote(2, "stable", who="me", why="")
+    assert ((await site.pull()).generation, site.files()) == (2, {"a": "two"})
+    await channels.rollback("stable", who="me", why="worse")
+    assert ((await site.pull()).generation, site.files()) == (1, {"a": "one"})
+
+
+@MODES
+@pytest.mark.fault("R8")
+async def test_a_pinned_host_ignores_the_channel(site: Site, mode: Any) -> None:
+    """The configuration's pin; without it the channel again."""
+    site.options = replace(site.options, mode=mode)
+    for text in "12":
+        await site.push(a=text)
+    site.extra = {"pin": 1}
+    assert ((await site.pull()).generation, site.files()) == (1, {"a": "1"})
+    site.extra = {}
+    assert ((await site.pull()).generation, site.files()) == (2, {"a": "2"})
+
+
+@pytest.mark.fault("R8")
+async def test_a_pin_of_an_unknown_generation_changes_nothing(site: Site) -> None:
+    """It is an error that names it; the mirror stays."""
+    await site.push(a="1")
+    await site.pull()
+    site.extra = {"pin": 7}
+    with pytest.raises(ObjectGone, match="generation 7"):
+        await site.pull()
+    assert site.files() == {"a": "1"}
+
+
+async def test_a_persons_pin_is_obeyed_within_a_moment(site: Site) -> None:
+    """A running daemon goes to the pinned generation, and back to the channel's when the pin is gone."""
+    for text in "12":
+        await site.push(a=text)
+    states: list[FolderStatus] = []
+    running = asyncio.create_task(site.subscriber(states.append).run())
+    try:
+        await _until(lambda: bool(states) and states[-1].generation == 2)
+        site.pinned = 1
+        await _until(lambda: states[-1].generation == 1)
+        assert site.files() == {"a": "1"}
+        site.pinned = 0
+        await _until(lambda: states[-1].generation == 2)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+# -- modes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("M1")
+async def test_modes_are_mapped_and_a_new_mapping_is_applied(site: Site) -> None:
+    """The mirror has the configured modes, is not called exact, and follows a change of the setting."""
+    await site.push(a="one", tool="#!")
+    (site.source / "tool").chmod(0o4755)
+    (site.source / "a").chmod(0o600)
+    await site.push(b="b")
+    site.options = replace(site.options, modes=ModePolicy(files=0o640, special="drop"))
+    await site.pull()
+    found = {path.name: path.stat().st_mode & 0o7777 for path in site.root.iterdir() if path.is_file()}
+    assert found == {"a": 0o640, "b": 0o640, "tool": 0o750}
+    site.options = replace(site.options, modes=ModePolicy())
+    await site.pull()
+    found = {path.name: path.stat().st_mode & 0o7777 for path in site.root.iterdir() if path.is_file()}
+    assert (found["a"], found["tool"]) == (0o600, 0o4755)
+
+
+# -- extraneous --------------------------------------------------------------------------------------------------------
+
+
+async def test_files_that_syncd_never_wrote_go_only_where_asked(site: Site) -> None:
+    """``keep`` leaves them, ``delete`` removes them."""
+    await site.push(a="one", b="", c="", d="")
+    await site.pull()
+    (site.root / "stranger").write_text("?")
+    await site.pull()
+    assert (site.root / "stranger").exists()
+    site.extra = {"extraneous": "delete"}
+    await site.pull()
+    assert site.files() == {"a": "one", "b": "", "c": "", "d": ""}
