@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from syncd.mirror.root import Disk, View
+    from syncd.modes import ModePolicy
+    from syncd.rollout import Mode
     from syncd.rules import Rules
     from syncd.store.base import Bucket
 
@@ -71,21 +73,34 @@ class Verdict:
         return not self.deviations and self.found in {"", self.tree}
 
 
-async def audit(bucket: Bucket, directory: Path, rules: Rules, *, generation: int = 0, applied: int = 0) -> Verdict:
+@dataclass(frozen=True, slots=True)
+class Takes:
+    """How a mirror takes what its folder has.
+
+    :ivar rules: which part of the tree.
+    :ivar modes: with which modes.
+    :ivar mode: where it is kept.
+    """
+
+    rules: Rules
+    modes: ModePolicy
+    mode: Mode = "mirror"
+
+
+async def audit(bucket: Bucket, directory: Path, takes: Takes, *, generation: int = 0, applied: int = 0) -> Verdict:
     """Compare a mirror with its bucket.
 
-    :param rules: what of the folder the mirror takes.
     :param generation: what to compare with; 0: what was applied, else the head.
     :param applied: the generation that this mirror has as far as this host knows, 0 if it does not.
     :raises UsageError: there is no such generation, or the bucket keeps none.
     :raises DiskProblem, FileChanged: the mirror cannot be read.
     """
     if generation or await layout_of(bucket, await bucket.state()) == "generations":
-        return await _audit_generation(await History.open(bucket), directory, rules, generation, applied)
+        return await _audit_generation(await History.open(bucket), directory, takes, generation, applied)
     with tempfile.TemporaryDirectory(prefix="syncd-verify-") as scratch:
         index = await asyncio.to_thread(Index, Path(scratch) / "verify.db")
         try:
-            await _list_into(index, bucket, rules)
+            await _list_into(index, bucket, takes)
             return await asyncio.to_thread(_compare, index, directory)
         finally:
             await asyncio.to_thread(index.close)
@@ -94,14 +109,15 @@ async def audit(bucket: Bucket, directory: Path, rules: Rules, *, generation: in
 # -- generations -----------------------------------------------------------------------------------------------------
 
 
-async def _audit_generation(history: History, directory: Path, rules: Rules, generation: int, applied: int) -> Verdict:
+async def _audit_generation(history: History, directory: Path, takes: Takes, generation: int, applied: int) -> Verdict:
+    rules = takes.rules
     if not generation and applied and await history.reader.generation(applied) is not None:
         generation = applied
     commit = await history.commit(generation or HEAD)
     root = commit.generation.root
     partial = False
-    with await asyncio.to_thread(Mirror.peek, directory) as mirror:
-        comparison = Comparison(mirror)
+    with await asyncio.to_thread(Mirror.peek, directory, mode=takes.mode) as mirror:
+        comparison = Comparison(mirror, takes.modes)
         batch: list[tuple[str, Child, bool]] = []
         async for path, child in entries(history.reader, root, enter=rules.may_descend):
             is_dir = child.entry.kind is Kind.DIR
@@ -121,10 +137,14 @@ async def _audit_generation(history: History, directory: Path, rules: Rules, gen
 
 
 class Comparison:
-    """Merges a tree, in path order, with what is on disk. Blocking."""
+    """Merges a tree, in path order, with what is on disk. Blocking.
 
-    def __init__(self, mirror: View) -> None:
+    A mode that is as the mirror's policy makes it counts as the tree's own, so that the tree digest can be compared.
+    """
+
+    def __init__(self, mirror: View, modes: ModePolicy) -> None:
         self._mirror = mirror
+        self._modes = modes
         self._walk = mirror.walk()
         self._next = next(self._walk, None)
         self._verdict = Verdict()
@@ -161,9 +181,10 @@ class Comparison:
             self._verdict.deviations.append(Deviation(path, "missing"))
             return
         have = self._read(path, disk)
-        self._found.add(path, have)
-        if not have.same(want):
-            self._verdict.deviations.append(Deviation(path, _what(have, want)))
+        kept = self._modes.apply(want)
+        self._found.add(path, have._replace(mode=want.mode) if have.mode == kept.mode else have)
+        if not have.same(kept):
+            self._verdict.deviations.append(Deviation(path, _what(have, kept)))
 
     def _read(self, path: str, disk: Disk) -> Entry:
         assert disk.kind is not None
@@ -215,7 +236,7 @@ def _is_below(path: str, directory: str) -> bool:
 # -- objects ---------------------------------------------------------------------------------------------------------
 
 
-async def _list_into(index: Index, bucket: Bucket, rules: Rules) -> None:
+async def _list_into(index: Index, bucket: Bucket, takes: Takes) -> None:
     async for page in bucket.changes(0):
         rows = []
         for item in page.items:
@@ -223,8 +244,8 @@ async def _list_into(index: Index, bucket: Bucket, rules: Rules) -> None:
                 continue
             with contextlib.suppress(SyncdError):  # refused objects are the daemon's report, not a mirror's fault
                 row = remote_row(item)
-                if rules.takes(row.path, is_dir=row.entry.kind is Kind.DIR):
-                    rows.append(row)
+                if takes.rules.takes(row.path, is_dir=row.entry.kind is Kind.DIR):
+                    rows.append(row._replace(entry=takes.modes.apply(row.entry)))
         await asyncio.to_thread(index.put_remote, rows)
 
 

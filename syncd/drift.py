@@ -51,8 +51,6 @@ AUDIT_SLICE: Final = 8 * 1024 * 1024
 PAUSE_SECONDS: Final = 1.0
 AUDIT_PASS_SECONDS: Final = 3600.0
 """One pass over a mirror takes at least so long: a small one need not be read all day."""
-_CLOCK_TICK_NS: Final = 20_000_000
-"""Filesystems stamp with a clock that lags by up to a tick."""
 _OURS: Final = {"drift", "unreadable"}
 """Codes of problems that a look at a path brings up, and clears."""
 
@@ -314,28 +312,6 @@ class DriftCheck:
             self.problems.note(Problem(path, "unreadable", error.message))
             return None
         return LocalRow(path, Entry(Kind.FILE, disk.mode, stat.mtime_ns, stat.size, digest, sha256), stat)
-
-    def relinked(self, since_ns: int, until_ns: int) -> int:
-        """Take new change times into the index where nothing else changed; return how many.
-
-        Removing a release takes a name from each file that the current one shares with it, which is a change of the
-        inode: without this word the next check would read all of them. Only files that were stamped between the two
-        moments (wall clock, nanoseconds) are believed, so call this right after what stamped them.
-        """
-        first = since_ns - _CLOCK_TICK_NS
-        count = 0
-        looked = self._looked(self._index.iter_local())
-        while page := list(islice(looked, PAGE)):
-            changed: list[LocalRow] = []
-            for row, seen in page:
-                if seen is None or isinstance(seen, _Unseen) or not first <= seen.stat.ctime_ns <= until_ns:
-                    continue
-                stamped = row._replace(stat=row.stat._replace(ctime_ns=seen.stat.ctime_ns))
-                if stamped != row and row.entry.kind is Kind.FILE and _unchanged(stamped, seen):
-                    changed.append(stamped)
-            self._index.put_local(changed)
-            count += len(changed)
-        return count
 
     # -- the audit -----------------------------------------------------------------------------------------------------
 

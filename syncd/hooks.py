@@ -212,13 +212,14 @@ async def run_health(
     The last try is cut off at the deadline, and its outcome is returned. Otherwise as :func:`run_hook`.
 
     :param pause: seconds between the end of a try and the next one.
+    :param deadline: 0: there is one try, with the hook's own time.
     """
     clock = asyncio.get_running_loop().time
     begun = clock()
     number = 0
     while True:
         number += 1
-        left = begun + deadline - clock()
+        left = begun + deadline - clock() if deadline else hook.timeout
         outcome = await _attempt(replace(hook, timeout=min(hook.timeout, left)), values, environ, cwd)
         if outcome.ok or number >= tries or clock() + pause >= begun + deadline:
             break

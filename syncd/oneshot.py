@@ -12,12 +12,13 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from syncd.audit import Verdict, audit
+from syncd.audit import Takes, Verdict, audit
 from syncd.checkout import APPLIED
 from syncd.checks import Finding, disk_findings, problems_of
 from syncd.errors import DiskProblem, Locked, ObjectCorrupt, SyncdError, Unavailable, UsageError
 from syncd.history import History
 from syncd.index import Index
+from syncd.modes import ModePolicy
 from syncd.nodes import NOTE_MAX
 from syncd.paths import printable
 from syncd.publisher import Publisher
@@ -29,7 +30,7 @@ from syncd.store.bucket import NatsStore
 from syncd.store.connection import Connection, check_version, require_jetstream
 from syncd.store.probe import missing_permissions
 from syncd.subscriber import SubscribeOptions, Subscriber
-from syncd.wiring import connection_options, publish_options, subscribe_options
+from syncd.wiring import connection_options, publish_options, rollout_options, subscribe_options
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from syncd.outlet import PushResult
     from syncd.progress import Progress
     from syncd.retention import Collected
-    from syncd.settings import PublishSettings, Settings
+    from syncd.settings import PublishSettings, Settings, SubscribeSettings
     from syncd.store.base import Bucket, Sink, Store
     from syncd.upstream import PullResult
 
@@ -247,10 +248,21 @@ async def verify(settings: Settings, directory: Path, folder: str | None, *, gen
     if folder is None and item is None:
         raise UsageError(f"{directory} is no [[subscribe]] path of the configuration", hint="name it: --folder FOLDER")
     name = folder or (item.folder if item else "")
-    rules = Rules(item.include, item.exclude) if item else Rules()
+    takes = _takes(item) if item else await asyncio.to_thread(_guess, directory)
     applied = await asyncio.to_thread(_applied, settings, name, directory)
     async with open_bucket(settings, name) as bucket:
-        return await audit(bucket, directory, rules, generation=generation, applied=applied)
+        return await audit(bucket, directory, takes, generation=generation, applied=applied)
+
+
+def _takes(item: SubscribeSettings) -> Takes:
+    options = rollout_options(item)
+    return Takes(Rules(item.include, item.exclude), options.modes, options.mode)
+
+
+def _guess(directory: Path) -> Takes:
+    """Return what a directory that no configuration describes looks like."""
+    release = (directory / "current").is_symlink() and (directory / "releases").is_dir()
+    return Takes(Rules(), ModePolicy(read_only=release), "release" if release else "mirror")
 
 
 def _applied(settings: Settings, folder: str, directory: Path) -> int:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Final
 from blake3 import blake3
 
 from syncd.errors import DiskProblem, FileChanged
-from syncd.model import Entry, Kind, Stat
+from syncd.mirror.root import same_stat, to_stat
+from syncd.model import Entry, Kind
 from syncd.paths import printable, sort_key
 
 if TYPE_CHECKING:
@@ -209,6 +210,9 @@ def _after(path: str, rows: Iterator[LocalRow]) -> Iterator[LocalRow]:
 
 
 def _check_same(fd: int, row: LocalRow) -> None:
-    now = os.fstat(fd)
-    if Stat(now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino, row.stat.dev) != row.stat:
+    """Refuse a file that the quick check would refuse.
+
+    :raises FileChanged: it is another one, or was written.
+    """
+    if not same_stat(to_stat(os.fstat(fd)), row.stat):
         raise FileChanged(f"{printable(row.path)} is not as the index has it")

@@ -707,8 +707,9 @@ def tries_in(directory: Path) -> int:
 
 async def test_health_is_asked_until_it_is_good(tmp_path):
     with capture_logs() as lines:
-        outcome = await health(shell(COUNTING + "[ $(wc -l < tries) -ge 3 ]"), tmp_path)
+        outcome = await health(shell(COUNTING + "[ $(wc -l < tries) -ge 3 ]"), tmp_path, pause=0.4)
     assert (outcome.ok, outcome.reason, tries_in(tmp_path)) == (True, "", 3)
+    assert outcome.seconds >= 0.8, "two pauses"
     assert [(line["event"], line["tries"]) for line in lines] == [
         ("hook_tried_again", 1),
         ("hook_tried_again", 2),
@@ -728,6 +729,12 @@ async def test_health_does_not_begin_a_try_after_its_deadline(tmp_path):
     outcome = await health(shell(COUNTING + "exit 1"), tmp_path, tries=1000, pause=1, deadline=0.9)
     assert (outcome.ok, tries_in(tmp_path)) == (False, 1)
     assert outcome.seconds < 1
+
+
+@pytest.mark.parametrize(("script", "ok"), [("exit 0", True), ("exit 1", False)])
+async def test_health_without_time_is_tried_once(tmp_path, script, ok):
+    outcome = await health(shell(COUNTING + script), tmp_path, pause=0, deadline=0)
+    assert (outcome.ok, outcome.timed_out, tries_in(tmp_path)) == (ok, False, 1)
 
 
 async def test_a_hung_health_is_cut_off_at_the_deadline(tmp_path):

@@ -115,6 +115,7 @@ def as_nobody(code: str, *arguments: str | Path) -> str:
         "import os, sys; from pathlib import Path\n"
         "import sqlite3; from tests.support.drift import Mirrored; from tests.support.mirror import *\n"
         "from tests.unit.test_drift import TREE\n"
+        "import structlog; structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))\n"
         "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
     )
     done = subprocess.run(
@@ -122,4 +123,4 @@ def as_nobody(code: str, *arguments: str | Path) -> str:
         cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return "\n".join(line for line in done.stdout.strip().split("\n") if "[warning" not in line)
+    return done.stdout.strip()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FLEET = "tests.support.fleet:"
 """What the names of these tasks begin with."""
 CONNECT_SECONDS = 10.0
-OFFLINE_SECONDS = 0.2
+OFFLINE_SECONDS = 0.05
 """How long one that is cut off tries."""
 
 

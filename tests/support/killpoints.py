@@ -1,4 +1,4 @@
-"""Every named crash point of the program, and who passes it when: where the kill matrix (tests/e2e/test_kills.py) kills.
+"""Every named crash point of the program, and who passes it when: the kill matrix (tests/e2e/test_kills.py).
 
 A unit test compares this table with the source, so that no point is left out; the matrix fails for a point that it
 never gets to. A new ``crash_point("x")`` therefore wants a line here, and a situation in which somebody passes it.

@@ -13,12 +13,13 @@ import pytest
 
 from syncd import cli as command_line
 from syncd import oneshot
-from syncd.audit import TreeDigester, Verdict, audit
+from syncd.audit import Takes, TreeDigester, Verdict, audit
 from syncd.checkout import APPLIED
 from syncd.errors import EXIT_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, UsageError
 from syncd.history import History
 from syncd.index import Index
 from syncd.model import Entry, Kind
+from syncd.modes import ModePolicy
 from syncd.nodes import NOTE_MAX
 from syncd.outlet import PushResult
 from syncd.publisher import Publisher
@@ -454,7 +455,11 @@ def test_verify_compares_with_the_generation_that_was_applied(shell: Shell, tmp_
     async def verdicts() -> list[int]:
         bucket = shell.store.bucket("app")
         return [
-            len((await audit(bucket, mirror, Rules(), generation=generation, applied=applied)).deviations)
+            len(
+                (
+                    await audit(bucket, mirror, Takes(Rules(), ModePolicy()), generation=generation, applied=applied)
+                ).deviations
+            )
             for generation, applied in ((0, 0), (0, 1), (1, 0), (2, 1), (0, 99))
         ]
 
@@ -468,7 +473,7 @@ def test_verify_of_a_part_compares_what_takes_part(shell: Shell, tmp_path: Path)
     mirror = write_spec(tmp_path / "mirror", {"dir": {"one": b"1"}})
 
     async def verdict(rules: Rules) -> Any:
-        return await audit(shell.store.bucket("app"), mirror, rules)
+        return await audit(shell.store.bucket("app"), mirror, Takes(rules, ModePolicy()))
 
     fine = asyncio.run(verdict(Rules(include=("dir/one",))))
     assert (fine.checked, fine.deviations, fine.found, fine.sound) == (1, [], "", True)
@@ -489,7 +494,7 @@ def test_what_takes_no_part_is_not_read(shell: Shell, tmp_path: Path) -> None:
         history = await History.open(bucket)
         (excluded,) = [child async for path, child in history.entries() if path == "b"]
         await bucket.remove_blobs([excluded.location.blob])
-        return await audit(bucket, mirror, Rules(exclude=("b/",)))
+        return await audit(bucket, mirror, Takes(Rules(exclude=("b/",)), ModePolicy()))
 
     assert asyncio.run(verdict()).sound
 

@@ -99,13 +99,14 @@ def test_too_many_paths_are_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_paths_in_peace_make_room_and_those_in_motion_stay_damped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirrorwatch, "MAX_PATHS", 10)
     damper = Damper(0.5, 60.0)
-    damper.found([f"calm {number}" for number in range(10)], 0.0)
-    for number in range(8):
+    for number in range(9):
         damper.found(["busy"], float(number))
-    damper.found(["new"], 65.0)
+    damper.found([f"calm {number}" for number in range(10)], 9.0)
+    damper.found(["busy", "new"], 70.0)
     assert set(damper._found) == {"busy", "new"}
-    damper.note(["busy"], 65.0)
-    assert damper.wait(65.0) == 2.0
+    damper.note(["busy", "new"], 70.0)
+    assert damper.take(70.5) == {"new"}
+    assert damper.wait(70.5) == 59.5
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.sampled_from(["a", "b"]), st.booleans()), max_size=60))

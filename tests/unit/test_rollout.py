@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from syncd import rollout
+from syncd.audit import Takes, audit
 from syncd.channels import Channels
 from syncd.checkout import Held
 from syncd.errors import ObjectGone, UsageError
@@ -177,7 +178,7 @@ async def test_a_failing_hook_goes_back_to_the_generation_before(site: Site, mod
     """The one before comes back, its hooks run again, the new one is not tried again, a newer one is."""
     good = '! grep -q bad "$SYNCD_PATH/a"'
     hooks = {"apply": site.says("apply"), "health": site.says("health")} | {which: site.says(which, good)}
-    site.options = replace(site.options, mode=mode, health_seconds=1.5, **hooks)
+    site.options = replace(site.options, mode=mode, health_seconds=1.5, apply=hooks["apply"], health=hooks["health"])
     await site.push(a="one", b="b")
     await site.pull()
     await site.push(a="bad", c="c")
@@ -484,3 +485,22 @@ async def test_files_that_syncd_never_wrote_go_only_where_asked(site: Site) -> N
     site.extra = {"extraneous": "delete"}
     await site.pull()
     assert site.files() == {"a": "one", "b": "", "c": "", "d": ""}
+
+
+# -- verify ------------------------------------------------------------------------------------------------------------
+
+
+@MODES
+async def test_verify_knows_releases_and_mapped_modes(site: Site, mode: Any) -> None:
+    """The tree digest is that of the generation, computed from the disk; a change is named."""
+    modes = ModePolicy(files=0o640, dirs=0o750, read_only=mode == "release")
+    site.options = replace(site.options, mode=mode, modes=modes)
+    (site.source / "d").mkdir()
+    await site.push(a="one", b="two")
+    await site.pull()
+    takes = Takes(Rules(), modes, mode)
+    verdict = await audit(site.store.bucket("app"), site.root, takes)
+    assert (verdict.sound, verdict.found, verdict.generation) == (True, verdict.tree, 1)
+    (site.tree / "a").chmod(0o600)
+    verdict = await audit(site.store.bucket("app"), site.root, takes)
+    assert [(one.path, one.what) for one in verdict.deviations] == [("a", "mode")]
