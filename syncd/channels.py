@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -23,6 +22,7 @@ from syncd.errors import BadSignatures, ObjectCorrupt, ObjectGone, SyncdError, U
 from syncd.index import Index
 from syncd.index.blobs import Blobs
 from syncd.model import Kind
+from syncd.moves import move_metadata, read_move, time_text
 from syncd.nodes import (
     RECIPE_LEVELS,
     Generation,
@@ -62,7 +62,6 @@ from syncd.trust import (
     decode_keys,
     decode_move,
     encode_keys,
-    encode_move,
     follow,
     keys_name,
     start_at,
@@ -85,16 +84,11 @@ MAX_NEXT_COUNT: Final = MAX_COUNT // 2
 WALK_AT_ONCE: Final = 64
 FETCH_AT_ONCE: Final = 64
 
-_NAME = re.compile(r"(?=.*[^0-9])[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"(?=.*[^0-9])[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 """A channel's name; never digits alone, which are a generation."""
 
 
-# -- records and signatures, also for the publisher, which moves the head with every commit ---------------------------
-
-
-def moment(seconds: float) -> str:
-    """Return a time as records have it: RFC 3339, UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+# -- records and signatures --------------------------------------------------------------------------------------------
 
 
 def signature_text(kind: Statement, data: bytes, *signer: Signer, before: str = "") -> str:
@@ -123,18 +117,6 @@ def good_signers(kind: Statement, data: bytes, text: str) -> tuple[str, ...]:
     except BadSignatures:
         return ()
     return tuple(sorted(signers(statement_of(kind, data), signatures, {one.key for one in signatures})))
-
-
-def move_metadata(move: Move, signer: Signer | None) -> dict[str, str]:
-    """Return what a channel's link says of its move.
-
-    :raises ValueError: a move that readers would refuse.
-    """
-    data = encode_move(move)
-    metadata = {MOVE: data.decode()}
-    if signer is not None:
-        metadata[SIGNATURES] = signature_text(Statement.MOVE, data, signer)
-    return metadata
 
 
 def next_count(info: ObjectInfo | None, *, folder: str, channel: str) -> int:
@@ -172,7 +154,7 @@ def check_name(channel: str) -> str:
     if not _NAME.fullmatch(channel):
         raise UsageError(
             f"{printable(channel)!r} is no name of a channel",
-            hint="use letters, digits, '.', - and _, at most 64, and not digits alone",
+            hint="use letters, digits, - and _, at most 64, and not digits alone",
         )
     return channel
 
@@ -435,10 +417,10 @@ class Channels:
             count=count,
             number=wish.number,
             record=digest_of(record.data),
-            at=moment(now),
+            at=time_text(now),
             who=wish.who[:WHO_MAX],
             why=wish.why,
-            expires=moment(now + wish.valid_seconds) if wish.valid_seconds else "",
+            expires=time_text(now + wish.valid_seconds) if wish.valid_seconds else "",
         )
         try:
             metadata = move_metadata(move, wish.signer)
@@ -515,9 +497,8 @@ class Channels:
         if info is None or info.deleted:
             return WriteConflict(f"somebody else removed channel {channel!r} meanwhile", hint=hint)
         number = _target(self._bucket, info)
-        try:
-            move = decode_move(info.metadata.get(MOVE, "").encode())
-        except SyncdError:
+        move = read_move(info.metadata.get(MOVE, ""))
+        if move is None:
             return WriteConflict(f"somebody else moved channel {channel!r} to generation {number} meanwhile", hint=hint)
         why = f" ({printable(move.why)})" if move.why else ""
         return WriteConflict(
@@ -878,7 +859,7 @@ class KeySets:
                 f"there is a key set {version} already, which lacks signatures",
                 hint=f"look at it: syncd keys {self._bucket.name}; then sign it, or write --instead of it",
             )
-        at = moment(self._clock())
+        at = time_text(self._clock())
         try:
             record = encode_keys(KeySet(self._bucket.name, version, keys, threshold, at, trust.digest, wish.why))
         except ValueError as error:

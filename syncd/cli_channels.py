@@ -22,28 +22,27 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from syncd import logs, oneshot
-from syncd.channels import Channels, KeyChange, KeySets, check_name, sign_generation
-from syncd.errors import EXIT_OK, ConfigError, DiskProblem, UsageError
+from syncd.channels import Channels, KeyChange, KeySets, sign_generation
+from syncd.errors import EXIT_OK, DiskProblem, UsageError
 from syncd.history import History
 from syncd.paths import printable
 from syncd.settings import Settings, load
-from syncd.signatures import Signer, generate
+from syncd.signatures import generate
 from syncd.store.base import HEAD
 from syncd.trust import Trust
+from syncd.wiring import read_signer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from syncd.channels import ChannelState, KeySetState, Moved
+    from syncd.signatures import Signer
     from syncd.store.base import Bucket
 
 T = TypeVar("T")
 Command = Callable[..., Any]
 
 SEED_MODE: Final = 0o600
-MAX_SEED_BYTES: Final = 64 * 1024
-SHOWN_KEY: Final = 8
-"""Characters of a key in a table."""
 DAY: Final = 86400.0
 
 
@@ -85,24 +84,18 @@ def _sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def read_signer(file: Path) -> Signer:
-    """Return who signs with the seed in a file: its first word that begins with SU. Blocking.
+def _signer(settings: Settings, folder: str, file: Path | None) -> Signer | None:
+    """Return who signs: with the seed in a file that is named, else with that of the folder's [[publish]]. Blocking.
 
-    :raises ConfigError: it cannot be read, or there is no seed in it. The message never holds what is in it.
+    :raises ConfigError: there is no seed in it. The message never holds what is in it.
     """
-    try:
-        with file.open("rb") as source:
-            words = source.read(MAX_SEED_BYTES).decode("ascii", "replace").split()
-            mode = os.fstat(source.fileno()).st_mode
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-    seed = next((word for word in words if word.startswith("SU")), "")
-    try:
-        signer = Signer(seed)
-    except ValueError:
-        raise ConfigError(f"{file} holds no seed of a user (SU…)", hint="make one: syncd keygen FILE") from None
-    if stat.S_IMODE(mode) & 0o077:
-        click.echo(f"syncd: {printable(str(file))} can be read by others (chmod 600)", err=True)
+    file = file or next((item.sign_seed_file for item in settings.publish if item.folder == folder), None)
+    if file is None:
+        return None
+    signer = read_signer(file)
+    with suppress(OSError):
+        if stat.S_IMODE(file.stat().st_mode) & 0o077:
+            click.echo(f"syncd: {printable(str(file))} can be read by others (chmod 600)", err=True)
     return signer
 
 
@@ -130,7 +123,9 @@ def _with_settings(command: Command) -> Command:
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_seed_option = click.option("--seed-file", type=_FILE, metavar="FILE", help="Sign with the seed in FILE.")
+_seed_option = click.option(
+    "--seed-file", type=_FILE, metavar="FILE", help="Sign with the seed in FILE; sign_seed_file unless named."
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _why_option = click.option("--why", default="", metavar="TEXT", help="A line of text: the reason, for people.")
 
@@ -197,7 +192,6 @@ def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 @_with_settings
 def promote(settings: Settings, folder: str, generation: str, channel: str, *, as_json: bool, **wishes: Any) -> int:
     """Point a channel of FOLDER at generation N, or at the one that channel N points at."""
-    check_name(channel)
 
     async def move(bucket: Bucket, wish: dict[str, Any]) -> Moved:
         commit = await (await History.open(bucket)).commit(generation)
@@ -233,11 +227,10 @@ def _moved(
     wishes: dict[str, Any],
 ) -> Moved:
     oneshot.check_note(wishes["why"])
-    seed_file = wishes["seed_file"]
     wish = {
         "who": who_moves(settings),
         "why": wishes["why"],
-        "signer": read_signer(seed_file) if seed_file is not None else None,
+        "signer": _signer(settings, folder, wishes["seed_file"]),
         "valid_seconds": (wishes["valid_days"] or 0) * DAY,
         "count": wishes["count"] or 0,
     }
@@ -324,7 +317,9 @@ def keygen(file: Path) -> int:
 @click.option("--add", multiple=True, metavar="KEY", help="Trust this public key as well.")
 @click.option("--remove", multiple=True, metavar="KEY", help="Trust this one no more.")
 @click.option("--threshold", type=click.IntRange(min=1), metavar="N", help="So many keys have to sign.")
-@click.option("--trust", multiple=True, metavar="KEY", help="A key that subscribers' trusted_keys name.")
+@click.option(
+    "--trust", multiple=True, metavar="KEY", help="A key of subscribers' trusted_keys, if not configured here."
+)
 @click.option("--trust-threshold", type=click.IntRange(min=1), default=1, metavar="N", help="And their threshold.")
 @click.option(
     "--seed-file", "seed_files", type=_FILE, multiple=True, metavar="FILE", help="Sign with this; may be repeated."
@@ -353,11 +348,11 @@ def keys(
     configuration.
     """
     oneshot.check_note(why)
-    configured = _configured(trust, trust_threshold)
+    configured = _configured(settings, folder, trust, trust_threshold)
     changes = bool(add or remove or threshold)
     if changes and configured is None:
         raise UsageError("it is not known which keys are trusted now", hint="name those of trusted_keys: --trust KEY")
-    signers = [read_signer(file) for file in seed_files]
+    signers = [signer for file in seed_files or (None,) if (signer := _signer(settings, folder, file)) is not None]
 
     async def work() -> list[KeySetState]:
         async with oneshot.open_bucket(settings, folder) as bucket:
@@ -376,15 +371,16 @@ def keys(
     return EXIT_OK
 
 
-def _configured(trust: tuple[str, ...], threshold: int) -> Trust | None:
+def _configured(settings: Settings, folder: str, keys: tuple[str, ...], threshold: int) -> Trust | None:
     """Return the keys that subscribers start from, ``None`` where nobody says.
 
     :raises UsageError: they are none.
     """
-    if not trust:
-        return None
+    if not keys:
+        named = next((item for item in settings.subscribe if item.folder == folder and item.trusted_keys), None)
+        return Trust(frozenset(named.trusted_keys), named.trusted_threshold) if named is not None else None
     try:
-        return Trust(frozenset(trust), threshold)
+        return Trust(frozenset(keys), threshold)
     except ValueError as error:
         raise UsageError(f"--trust: {error}") from None
 
@@ -412,7 +408,7 @@ def _show_keys(folder: str, found: list[KeySetState], configured: Trust | None) 
 @click.option("--generation", type=click.IntRange(min=1), metavar="N", help="Sign generation N.")
 @click.option("--channel", metavar="NAME", help="Sign the move of this channel, and the generation it points at.")
 @click.option("--keys", "version", type=click.IntRange(min=1), metavar="N", help="Sign key set N.")
-@click.option("--seed-file", type=_FILE, metavar="FILE", required=True, help="Sign with the seed in FILE.")
+@_seed_option
 @_json_option
 @_with_settings
 def sign(
@@ -422,7 +418,7 @@ def sign(
     generation: int | None,
     channel: str | None,
     version: int | None,
-    seed_file: Path,
+    seed_file: Path | None,
     as_json: bool,
 ) -> int:
     """Add a signature to what FOLDER has already: a generation, a channel's move, a key set.
@@ -431,7 +427,9 @@ def sign(
     """
     if generation is None and channel is None and version is None:
         raise UsageError("nothing to sign", hint="name it: --generation N, --channel NAME or --keys N")
-    signer = read_signer(seed_file)
+    signer = _signer(settings, folder, seed_file)
+    if signer is None:
+        raise UsageError("nothing to sign with", hint="name a seed: --seed-file FILE")
 
     async def work() -> list[tuple[str, bool]]:
         done: list[tuple[str, bool]] = []

@@ -48,6 +48,9 @@ log = structlog.get_logger()
 
 CLOCK_SLACK_SECONDS: Final = 300.0
 """What two hosts' clocks may differ by before an end counts as come."""
+MAX_KEY_SETS: Final = 1000
+"""Key sets that are read in one round: who may write to the bucket could put any number there."""
+KEY_DIGITS: Final = 10
 _DAMAGED: Final = "move it away only if this host may trust its configuration and the folder anew"
 
 
@@ -136,6 +139,7 @@ class Guard:
         self._trust: Trust | None = None
         self._seen: dict[str, Seen] = {}
         self._expires = ""
+        self._problem = ""
 
     @property
     def active(self) -> bool:
@@ -169,10 +173,9 @@ class Guard:
                 f"channel {self._channel!r} is not fresh: its move ended {ends}",
                 hint="is its publisher running? are the clocks right? otherwise somebody holds newer moves back",
             )
-        self._expires = ends
         if accepted.seen != seen:
-            self._seen[self._channel] = accepted.seen
-            await self._thread.run(self._save)
+            await self._keep(trust, self._seen | {self._channel: accepted.seen})
+        self._expires = ends
 
     async def judge_number(self, commit: Commit) -> None:
         """Refuse a generation that is asked for by its number: no channel, so its own signatures have to do.
@@ -205,14 +208,13 @@ class Guard:
             if stored is not None and before != stored:
                 self._log.warning("trust_reconfigured", keys=len(before.keys), threshold=before.threshold)
         trust, problem = follow(before, await self._key_sets(before.version), folder=self._bucket.name)
-        if problem is not None:
+        if problem is not None and problem.message != self._problem:
             self._log.warning("key_set_refused", version=trust.version + 1, reason=problem.message)
+        self._problem = "" if problem is None else problem.message
         if trust != self._trust:
+            await self._keep(trust, {channel: recover(seen, trust) for channel, seen in self._seen.items()})
             if trust.version != before.version:
                 self._log.info("keys_changed", version=trust.version, keys=len(trust.keys), threshold=trust.threshold)
-            self._trust = trust
-            self._seen = {channel: recover(seen, trust) for channel, seen in self._seen.items()}
-            await self._thread.run(self._save)
         return trust
 
     async def _key_sets(self, version: int) -> dict[int, tuple[bytes, str]]:
@@ -220,13 +222,14 @@ class Guard:
         if version == 0:
             return await self._all_key_sets()
         found: dict[int, tuple[bytes, str]] = {}
-        while (one := await self._key_set(version + 1)) is not None:
+        while len(found) < MAX_KEY_SETS and (one := await self._key_set(version + 1)) is not None:
             version += 1
             found[version] = one
         return found
 
     async def _all_key_sets(self) -> dict[int, tuple[bytes, str]]:
         found: dict[int, tuple[bytes, str]] = {}
+        versions: list[int] = []
         if await self._bucket.get_info(keys_name(1)) is None:  # the usual case: keys were never replaced
             return found
         async for page in self._bucket.changes(0):
@@ -234,10 +237,12 @@ class Guard:
                 if isinstance(item, BadMeta) or item.deleted or not item.name.startswith(KEYS):
                     continue
                 digits = item.name.removeprefix(KEYS)
-                if digits.isascii() and digits.isdigit() and keys_name(int(digits)) == item.name:
-                    one = await self._key_set(int(digits))
-                    if one is not None:
-                        found[int(digits)] = one
+                if digits.isascii() and digits.isdigit() and len(digits) == KEY_DIGITS and int(digits):
+                    versions.append(int(digits))
+        for version in sorted(versions)[-MAX_KEY_SETS:]:
+            one = await self._key_set(version)
+            if one is not None:
+                found[version] = one
         return found
 
     async def _key_set(self, version: int) -> tuple[bytes, str] | None:
@@ -255,9 +260,10 @@ class Guard:
             self._log.warning("key_set_refused", version=version, reason=error.message)
         return None
 
-    def _save(self) -> None:
-        assert self._trust is not None
-        self._note.save(self._trust, self._seen)
+    async def _keep(self, trust: Trust, seen: dict[str, Seen]) -> None:
+        """Write down what is believed from now on, and only then believe it."""
+        await self._thread.run(lambda: self._note.save(trust, seen))
+        self._trust, self._seen = trust, seen
 
 
 def _expires_of(commit: Commit) -> str:

@@ -22,7 +22,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
@@ -223,7 +223,7 @@ async def run_health(
         outcome = await _attempt(replace(hook, timeout=min(hook.timeout, left)), values, environ, cwd)
         if outcome.ok or number >= tries or clock() + pause >= begun + deadline:
             break
-        log.debug("hook_tried_again", hook=hook.name, reason=outcome.reason, tries=number)
+        _logger(environ).debug("hook_tried_again", hook=hook.name, reason=outcome.reason, tries=number)
         await asyncio.sleep(pause)
     outcome = replace(outcome, seconds=clock() - begun)
     if not outcome.ok:
@@ -234,30 +234,27 @@ async def run_health(
 
 def _log_outcome(outcome: HookOutcome, environ: Mapping[str, str], *, tries: int) -> None:
     """Write one line with the last words."""
-    generation = environ.get("SYNCD_GENERATION", "")
+    told = _logger(environ)
     lines = [line[:LOGGED_CHARACTERS] for line in deque(outcome.output.splitlines(), LOGGED_LINES)]
     said, seconds = "\n".join(lines), round(outcome.seconds, 3)
     if outcome.ok:
-        log.info(
-            "hook_done",
-            hook=outcome.name,
-            generation=generation,
-            seconds=seconds,
-            tries=tries,
-            output=said,
-            reason=outcome.reason,
-        )
+        told.info("hook_done", hook=outcome.name, seconds=seconds, tries=tries, output=said, reason=outcome.reason)
     else:
-        log.warning(
+        told.warning(
             "hook_failed",
             hook=outcome.name,
-            generation=generation,
             seconds=seconds,
             tries=tries,
             output=said,
             reason=outcome.reason,
             code=outcome.code,
         )
+
+
+def _logger(environ: Mapping[str, str]) -> Any:
+    """Return a logger that says, as every line about a folder does, which one, and of which generation."""
+    generation = environ.get("SYNCD_GENERATION", "")
+    return log.bind(folder=environ.get("SYNCD_FOLDER", ""), role="subscribe", generation=generation)
 
 
 async def _attempt(hook: Hook, values: Mapping[str, str], environ: Mapping[str, str], cwd: Path) -> HookOutcome:

@@ -262,6 +262,8 @@ _CHANNEL = re.compile(r"[A-Za-z0-9_-]+")
 def _channel(value: str) -> str:
     if not _CHANNEL.fullmatch(value):
         raise ValueError("only letters, digits, - and _")
+    if value.isdigit():
+        raise ValueError("not digits alone: that would be a generation")
     if len(value) > _MAX_FOLDER:
         raise ValueError(f"at most {_MAX_FOLDER} characters")
     return value

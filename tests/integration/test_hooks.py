@@ -577,13 +577,14 @@ def test_the_end_of_an_output_as_lines(kept, total, text):
 
 
 async def test_each_hook_is_one_log_line_with_its_last_words(tmp_path):
-    environ = {"SYNCD_GENERATION": "7"}
+    environ = {"SYNCD_GENERATION": "7", "SYNCD_FOLDER": "app"}
     with capture_logs() as lines:
         await run(shell("seq 30"), tmp_path, environ=environ)
         await run(shell(f"printf {'x' * 500}; exit 1"), tmp_path, environ=environ)
     done, failed = lines
     assert (done["event"], done["log_level"]) == ("hook_done", "info")
     assert (done["hook"], done["generation"], done["tries"], done["reason"]) == ("apply", "7", 1, "")
+    assert (done["folder"], done["role"]) == ("app", "subscribe")
     assert done["output"].split() == [str(number) for number in range(11, 31)]
     assert (failed["event"], failed["log_level"]) == ("hook_failed", "warning")
     assert (failed["code"], failed["reason"], failed["output"]) == (1, "exit code 1", "x" * hooks.LOGGED_CHARACTERS)

@@ -16,6 +16,7 @@ import nats
 
 from syncd import cli
 from syncd.errors import Unavailable
+from syncd.modes import ModePolicy
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
 from syncd.rollout import RolloutOptions
@@ -118,10 +119,9 @@ async def pull(
     """
     async with _store(url, OFFLINE_SECONDS if offline else CONNECT_SECONDS) as store:
         status = _keeper("subscribe", folder)
-        how = RolloutOptions(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in (rollout or {}).items()}
-        )
-        chosen = SubscribeOptions(folder, Path(mirror), Rules(), rollout=how, **options)
+        how = {key: tuple(value) if isinstance(value, list) else value for key, value in (rollout or {}).items()}
+        modes = ModePolicy(read_only=how.get("mode") == "release")  # the default of both modes
+        chosen = SubscribeOptions(folder, Path(mirror), Rules(), rollout=RolloutOptions(modes=modes, **how), **options)
         subscriber = Subscriber(chosen, store, Path(index), status=status)
         done = await subscriber.pull(allow_delete=True, generation=generation)
     return {

@@ -16,7 +16,7 @@ import os
 import re
 import time
 import tracemalloc
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -31,14 +31,11 @@ from syncd.model import MODE_BITS, Kind
 from syncd.nodes import (
     BESIDE,
     BLOB_MAX,
-    EMPTY_DIGEST,
     NODE_MAX,
     RECIPE_LEVELS,
     Generation,
-    Location,
     Node,
     NodeRef,
-    Where,
     decode_recipe,
     decode_record,
     digest_of,
@@ -47,7 +44,6 @@ from syncd.nodes import (
     encode_record,
     identity,
     node_bound,
-    tree_digest,
 )
 from syncd.paths import check_path
 from syncd.signatures import decode_signatures, encode_signatures
@@ -55,7 +51,7 @@ from syncd.store import api, wire
 from syncd.store.base import BadMeta, Link, ObjectInfo, ObjectMeta, Stored, digest_to_hex
 from syncd.store.blobs import Blobs
 from syncd.store.bucket import NatsBucket, newest_of
-from syncd.store.codec import RAW, ZSTD, Codec, decode
+from syncd.store.codec import ZSTD, Codec, decode
 from syncd.store.content import Meter
 from syncd.store.mapping import object_info, remote_row
 from syncd.store.memory import MemoryStore
@@ -259,16 +255,16 @@ FORMATS = {
 
 
 def bounded(read: Callable[[], Any], errors: tuple[type[BaseException], ...]) -> Any:
-    """Read; ``None``: refused. Any other exception, or a second of work, is a failure."""
+    """Read; ``None``: refused. Any other exception, even one derived from these, and long work are failures."""
     began = time.process_time()
+    found, refusal = None, None
     try:
-        return read()
+        found = read()
     except errors as error:
-        assert type(error) in errors  # an error of a kind that is not in the contract would be a surprise as well
-        assert len(str(error)) < 10_000
-        return None
-    finally:
-        assert time.process_time() - began < SECONDS
+        refusal = error
+    assert time.process_time() - began < SECONDS
+    assert refusal is None or (type(refusal) in errors and len(str(refusal)) < 10_000)
+    return found
 
 
 @pytest.mark.fault("O1 O5 K10")
@@ -389,6 +385,15 @@ stamps = st.sampled_from(
 )
 
 
+def stored_as(name: str, payload: bytes, *, seq: str = "7", stamp: str = "2026-11-21T02:02:45.600984Z") -> Any:
+    """A message as nats-py hands it over."""
+    headers = {"Nats-Subject": wire.meta_subject("B", name), "Nats-Sequence": seq, "Nats-Time-Stamp": stamp}
+    return SimpleNamespace(data=payload, headers=headers, subject="inbox")
+
+
+PLAIN = MESSAGES["n"][6]
+
+
 @st.composite
 def stored_messages(draw: st.DrawFn) -> Any:
     """A message of the bucket as nats-py hands it over: subject, headers and payload, each perhaps hostile."""
@@ -451,9 +456,15 @@ def test_any_message_is_an_object_or_bad_metadata(message: Any) -> None:
     assert back.sha256 == info.sha256
 
 
+RANGES = pytest.mark.xfail(strict=True, reason="numbers of the server beyond 63 bits: header_int(), parse_time()")
+
+
+@RANGES
 @pytest.mark.fault("O1 P1 P2 P6")
 @fuzz(400)
 @given(message=stored_messages(), path=st.sampled_from([None, "via/link", "../via", ""]))
+@example(message=stored_as("n", PLAIN, stamp="9999-12-31T23:59:59Z"), path=None)
+@example(message=stored_as("n", PLAIN, seq="9" * 19), path=None)
 def test_any_object_is_a_row_that_a_mirror_can_hold_or_refused(message: Any, path: str | None) -> None:
     """Its path is safe, its mode and times are in range, and an index keeps it as it is."""
     info = reader_of("B")._read_meta(message)
@@ -495,7 +506,7 @@ def test_a_page_keeps_the_newest_of_each_name(messages: list[Any]) -> None:
 
 ANSWERS = [
     b'{"stream":"OBJ_B","seq":7,"batch":"x","count":3}',
-    b'{"type":"x","error":{"code":400,"err_code":10071,"description":"wrong last sequence: 3"},"stream":"OBJ_B","seq":0}',
+    b'{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 3"},"stream":"OBJ_B","seq":0}',
     b'{"error":{"code":503,"err_code":10077,"description":"maximum bytes exceeded"}}',
     json.dumps(
         {
@@ -516,40 +527,71 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.fault("O5")
-@fuzz(400)
-@given(spoiled(ANSWERS) | noise)
-def test_any_answer_of_the_server_is_read_or_an_error_of_ours(payload: bytes) -> None:
-    """Acknowledgements, refusals, stream information."""
-    answer = bounded(lambda: api.read_json(payload, "ask"), tuple(ALL_ERRORS))
-    if answer is not None:
-        assert isinstance(answer, dict)
-        assert type(api.number(answer, "seq")) is int
-
-
 def subclasses(error: type[SyncdError]) -> Iterable[type[SyncdError]]:
     yield error
     for below in error.__subclasses__():
         yield from subclasses(below)
 
 
-ALL_ERRORS = list(subclasses(SyncdError))
+ALL_ERRORS = tuple(subclasses(SyncdError))
 
 
-@dataclass
-class Sent:
-    """A message under way, or a page waited for, as the transport keeps them."""
-
-    transport: Transport
-    loop: asyncio.AbstractEventLoop
-    taken: list[Any] = field(default_factory=list)
+UNHASHABLE = b'{"error":{"code":[],"err_code":[]}}'
+CODES = pytest.mark.xfail(strict=True, reason="api_error() looks codes up in sets, whatever they are")
+TYPES = pytest.mark.xfail(strict=True, reason="read_state() and missing_flags() take lists and texts for granted")
 
 
+@CODES
+@pytest.mark.fault("O5")
+@fuzz(300)
+@given(spoiled(ANSWERS) | noise)
+@example(UNHASHABLE)
+def test_any_answer_of_the_server_is_read_or_an_error_of_ours(payload: bytes) -> None:
+    """Acknowledgements, refusals, stream information."""
+    answer = bounded(lambda: api.read_json(payload, "ask"), ALL_ERRORS)
+    if answer is not None:
+        assert isinstance(answer, dict)
+        assert type(api.number(answer, "seq")) is int
+
+
+def with_config(**fields: Any) -> dict[str, Any]:
+    info = json.loads(ANSWERS[-1])
+    return {**info, "config": {**info["config"], **fields}}
+
+
+@st.composite
+def infos(draw: st.DrawFn) -> dict[str, Any]:
+    """Stream information in which one field is of any kind."""
+    info: dict[str, Any] = json.loads(ANSWERS[-1])
+    part = draw(st.sampled_from([info["config"], info["state"], info["config"]["metadata"]]))
+    part[draw(st.sampled_from(sorted(part)))] = draw(
+        st.sampled_from([None, True, -1, 1 << 70, 1.5, "x", "2", [], ["x"], {}, {"x": {}}])
+    )
+    return info
+
+
+@TYPES
+@fuzz(200)
+@given(infos())
+@example(with_config(metadata={"syncd.format": 2}))
+@example(with_config(subjects=7))
+def test_any_state_of_a_stream_is_read_or_an_error_of_ours(info: dict[str, Any]) -> None:
+    """What a bucket is, which layout it has, and what it lacks."""
+    state = bounded(lambda: api.read_state("B", info), ALL_ERRORS)
+    bounded(lambda: api.missing_flags("B", info["config"]), ALL_ERRORS)
+    assert all(type(one) is int for one in (state.last_seq, state.messages, state.size))
+    bucket = MemoryStore().bucket("B")
+    bucket.get_info = lambda name: asyncio.sleep(0)  # type: ignore[assignment, method-assign, misc]
+    bounded(lambda: asyncio.run(layout_of(bucket, state)), ALL_ERRORS)
+
+
+@CODES
 @pytest.mark.fault("O5")
 @fuzz(300)
 @given(
     spoiled(ANSWERS) | noise, st.none() | st.dictionaries(st.sampled_from(["Status", "x"]), header_texts, max_size=2)
 )
+@example(UNHASHABLE, None)
 def test_any_acknowledgement_ends_the_wait_for_it(payload: bytes, headers: dict[str, str] | None) -> None:
     """With a sequence, or an error of ours: a publisher that is answered at all never waits for ever."""
 
@@ -755,10 +797,3 @@ def test_any_tree_is_read_whole_or_refused(data: st.DataObject) -> None:
     size = asyncio.run(read())
     assert size is None or size <= 64 * BLOB_MAX
     assert time.process_time() - began < SECONDS
-
-
-assert tree_digest([]) == EMPTY_DIGEST
-assert RAW
-assert example
-assert Location
-assert Where

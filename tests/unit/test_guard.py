@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from syncd.channels import Channels, KeyChange, KeySets, sign_generation
-from syncd.errors import ObjectCorrupt, Untrusted
+from syncd.errors import DiskProblem, ObjectCorrupt, Untrusted
+from syncd.guard import Guard, TrustNote
 from syncd.moves import move_metadata, read_move
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
 from syncd.rules import Rules
+from syncd.service import FolderThread
 from syncd.signatures import Signer, generate
 from syncd.status import FolderStatus, StatusKeeper
 from syncd.store.base import CHANNELS, GENERATIONS, HEAD, Link
@@ -315,3 +317,47 @@ async def test_signatures_are_beside_the_record_and_the_move(fleet: Fleet) -> No
     move = read_move(head[MOVE])
     assert move is not None
     assert (move.folder, move.channel, move.count, move.number, move.who) == ("app", "head", 1, 1, "here:/source")
+
+
+@pytest.mark.fault("K11", "X1")
+async def test_k11_what_cannot_be_written_down_is_not_followed(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that refuses the note: the generation is not applied, in this round or the next."""
+    await fleet.push("one")
+    await fleet.pull()
+    await fleet.push("two")
+
+    def refuse(*_: Any) -> None:
+        raise DiskProblem("no space")
+
+    subscriber_of = TrustNote.save
+    monkeypatch.setattr(TrustNote, "save", refuse)
+    for _ in range(2):
+        with pytest.raises(DiskProblem):
+            await fleet.pull()
+        assert fleet.has() == "one"
+    monkeypatch.setattr(TrustNote, "save", subscriber_of)
+    await fleet.pull()
+    assert fleet.has() == "two"
+
+
+@pytest.mark.fault("K11", "X1")
+async def test_k11_the_same_process_does_not_believe_before_it_wrote(fleet: Fleet) -> None:
+    """Within one process, too: a failed note leaves what was seen as it was."""
+    await fleet.push("one")
+    head = await TreeReader(fleet.bucket).channel(HEAD)
+    assert head is not None
+    saved: list[int] = []
+
+    class Note(TrustNote):
+        def save(self, trust: Trust, seen: dict[str, Any]) -> None:
+            saved.append(len(seen))
+            if seen:
+                raise DiskProblem("no space")
+
+    thread = FolderThread("test")
+    guard = Guard(fleet.bucket, HEAD, fleet.trust, Note(None), thread, lambda: fleet.now)
+    for _ in range(2):
+        with pytest.raises(DiskProblem):
+            await guard.judge(head)
+    assert saved == [0, 1, 1]
+    await thread.close(lambda: None)

@@ -520,7 +520,7 @@ def test_another_tree_digest_is_never_sound() -> None:
 def test_rules_that_leave_nothing_out_do_not_hide_the_digest(shell: Shell, tmp_path: Path) -> None:
     bucket_with(shell.store, FIRST)
     mirror = write_spec(tmp_path / "mirror", FIRST)
-    verdict = asyncio.run(audit(shell.store.bucket("app"), mirror, Rules(exclude=("*.swp",))))
+    verdict = asyncio.run(audit(shell.store.bucket("app"), mirror, Takes(Rules(exclude=("*.swp",)), ModePolicy())))
     assert verdict.found == verdict.tree != ""
 
 
