@@ -553,7 +553,9 @@ class Checkout:
             applied = Applied(target.number, target.record, target.root, exact and not target.partial)
         with self._index.transaction():
             if complete and self._standing.record != applied.record:
-                self._standing.arrived(applied.number, applied.record)
+                before = self.applied()
+                same = before.exact and applied.exact and before.root == applied.root
+                self._standing.arrived(applied.number, applied.record, same=same)
             if complete and self.applied() != applied:
                 self._index.set_note(APPLIED, json.dumps(asdict(applied)))
             if self._index.note(APPLYING):

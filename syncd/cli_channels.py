@@ -352,7 +352,8 @@ def keys(
     changes = bool(add or remove or threshold)
     if changes and configured is None:
         raise UsageError("it is not known which keys are trusted now", hint="name those of trusted_keys: --trust KEY")
-    signers = [signer for file in seed_files or (None,) if (signer := _signer(settings, folder, file)) is not None]
+    files = seed_files or (None,) if changes else ()
+    signers = [signer for file in files if (signer := _signer(settings, folder, file)) is not None]
 
     async def work() -> list[KeySetState]:
         async with oneshot.open_bucket(settings, folder) as bucket:
@@ -376,13 +377,15 @@ def _configured(settings: Settings, folder: str, keys: tuple[str, ...], threshol
 
     :raises UsageError: they are none.
     """
+    named = next((item for item in settings.subscribe if item.folder == folder and item.trusted_keys), None)
+    if not keys and named is not None:
+        keys, threshold = named.trusted_keys, named.trusted_threshold
     if not keys:
-        named = next((item for item in settings.subscribe if item.folder == folder and item.trusted_keys), None)
-        return Trust(frozenset(named.trusted_keys), named.trusted_threshold) if named is not None else None
+        return None
     try:
         return Trust(frozenset(keys), threshold)
     except ValueError as error:
-        raise UsageError(f"--trust: {error}") from None
+        raise UsageError(f"trusted keys: {error}") from None
 
 
 def _show_keys(folder: str, found: list[KeySetState], configured: Trust | None) -> None:

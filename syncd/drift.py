@@ -118,6 +118,7 @@ class DriftCheck:
 
     :ivar held: drifted paths that stay as they are by policy or because the disk does not tell.
     :ivar problems: paths that could not be read, brought up or, under "report", have drifted.
+    :ivar drifted: how many paths the last check found drifted that had not been before.
     """
 
     def __init__(self, mirror: Mirror, index: Index, policy: DriftPolicy, folder: str) -> None:
@@ -127,6 +128,7 @@ class DriftCheck:
         self._log = log.bind(folder=folder, role="subscribe")
         self.problems = ProblemBook(self._log, "path_problem")
         self.held: dict[str, Held] = {}
+        self.drifted = 0
         self.stopping = False
         self._in_flight: dict[str, Entry | None] = {}
         self._findings: dict[str, Finding] = {}
@@ -183,6 +185,7 @@ class DriftCheck:
         :returns: the paths whose rows were changed, which is what must be brought up; ``None``: everything, because
             everything was looked at or too much has changed to name it.
         """
+        self.drifted = 0
         if paths is not None:
             return self._check_some(paths)
         self.problems.begin()
@@ -280,6 +283,7 @@ class DriftCheck:
             have.entry.same_content(row.entry) or (remote is not None and have.entry.same_content(remote.entry))
         )
         if not harmless:
+            self.drifted += 1
             expected, found = evidence(row.entry), evidence(have.entry if have is not None else None, disk)
             self._log.warning("drift", path=row.path, policy=self._policy, expected=expected, found=found)
             if self._policy != "repair":
@@ -349,6 +353,7 @@ class DriftCheck:
             return False
         held = Held(disk.stat, text)
         if before != held:
+            self.drifted += 1
             expected = evidence(comparable(row.entry))
             self._log.warning("silent_corruption", path=row.path, policy=self._policy, expected=expected, found=found)
         if self._policy != "repair":

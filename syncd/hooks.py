@@ -63,6 +63,8 @@ DRAIN_SECONDS = 1.0
 SLACK_SECONDS = 3.0
 """What the guard may take beyond the grace, before it is given up."""
 LOGGED_LINES = 20
+NOT_STARTED = "could not be started"
+"""How a reason begins where this host had no room for a process: that is no verdict on anything."""
 LOGGED_CHARACTERS = 200
 
 _GUARD = Path(__file__).with_name("hookguard.py")
@@ -264,7 +266,7 @@ async def _attempt(hook: Hook, values: Mapping[str, str], environ: Mapping[str, 
     try:
         run = _Run(argv, child_environment(hook.name, environ, os.environ), cwd)
     except (OSError, ValueError) as exc:  # no descriptors, no memory, a NUL byte
-        reason = f"could not be started: {exc}"
+        reason = f"{NOT_STARTED}: {exc}"
         return HookOutcome(hook.name, ok=False, code=None, timed_out=False, output="", seconds=0.0, reason=reason)
     try:
         timed_out = not await run.report.ended_within(hook.timeout)

@@ -10,6 +10,7 @@ Rules kept here (docs/hooks.md, docs/architecture.md):
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ import structlog
 from syncd.checkout import APPLIED, TARGET, Applied, Held
 from syncd.crashpoints import crash_point
 from syncd.errors import DiskProblem, SyncdError
-from syncd.hooks import Hook, HookOutcome, run_health, run_hook, write_changed_file
+from syncd.hooks import NOT_STARTED, Hook, HookOutcome, run_health, run_hook, write_changed_file
 from syncd.index.releases import ReleaseTables, prune_release_files, release_file
 from syncd.mirror import BuildItem, ContentChanged, release_name
 from syncd.model import Kind
@@ -108,6 +109,7 @@ class Rollout:
         self._standing = standing
         self._thread = thread
         self._releases = ReleaseTables(index)
+        self._unpruned = options.mode == "release"
         self._log = log.bind(folder=folder, role="subscribe")
         if options.mode == "release":
             checkout.kept = self._take_kept
@@ -118,8 +120,10 @@ class Rollout:
         return self._options.mode == "release"
 
     def moving(self) -> bool:
-        """Tell whether what is to be applied is another generation than what is. Blocking."""
-        return self._checkout.target.record != self._standing.record
+        """Tell whether what is to be applied is another tree than what is. Blocking."""
+        target, applied = self._checkout.target, self._checkout.applied()
+        same = applied.exact and (target.root, target.partial) == (applied.root, False)
+        return target.record != self._standing.record and not same
 
     def is_current(self) -> bool:
         """Tell whether the current release is already the one to go to: it was kept. Blocking."""
@@ -186,6 +190,7 @@ class Rollout:
                 raise DiskProblem("what is known of the new release cannot be read back", hint="check the disk")
 
         await self._thread.run(switch)
+        self._unpruned = True
         self._log.info("release_switched", release=name)
 
     def _build(self, problems: ProblemBook) -> tuple[str, Path]:
@@ -250,6 +255,7 @@ class Rollout:
             if (kept.get("record"), kept.get("rules")) != (target.record, target.rules):
                 continue
             self._forget_changes()
+            self._unpruned = True
             self._mirror.switch(name)
             crash_point("release_switched")
             if self._load(name):
@@ -266,8 +272,6 @@ class Rollout:
         return self._releases.load(self._known(name))
 
     def _prune(self) -> None:
-        if not self.is_release:
-            return
         spare = {name for name in self._mirror.releases() if self._holds(name, self._standing.good_record)}
         removed = self._mirror.prune(self._options.keep_releases, spare)
         if self._file is not None:
@@ -308,7 +312,7 @@ class Rollout:
             if tries > self._options.max_failures:
                 failed = f"its hooks began {tries - 1} times and never ended"
             else:
-                failed = await self._after(number)
+                failed = await self._after_or_stop(number)
             if failed and not standing.is_return:
                 await self._refuse(number, record, failed)
                 if standing.at[0]:
@@ -316,14 +320,23 @@ class Rollout:
                 raise self._held(number, f"{failed}; there is no generation to go back to")
             await self._thread.run(standing.ended_well)
             crash_point("hooks_done")
-        await self._thread.run(self._prune)
+        if self._unpruned:
+            await self._thread.run(self._prune)
+            self._unpruned = False
+
+    async def _after_or_stop(self, number: int) -> str:
+        try:
+            return await self._after(number)
+        except (asyncio.CancelledError, DiskProblem):
+            await asyncio.shield(self._thread.run(self._standing.stopped))
+            raise
 
     async def _after(self, number: int) -> str:
         """Run apply and health; return why they failed, "" where they did not."""
         names: tuple[HookName, ...] = ("apply", "health")
         for name in names:
             outcome = await self._run(name, number)
-            crash_point(f"{name}_hook_done")
+            crash_point("hook_ended")
             if not outcome.ok:
                 return f"{name} hook: {outcome.reason}"
         return ""
@@ -347,7 +360,7 @@ class Rollout:
             environ["SYNCD_CHANGED_FILE"] = str(changed)
         hook = Hook(name, argv, options.timeout)
         if name == "health":
-            return await run_health(
+            outcome = await run_health(
                 hook,
                 tries=HEALTH_TRIES,
                 pause=HEALTH_PAUSE_SECONDS,
@@ -356,7 +369,11 @@ class Rollout:
                 environ=environ,
                 cwd=self._mirror.root,
             )
-        return await run_hook(hook, values=values, environ=environ, cwd=self._mirror.root)
+        else:
+            outcome = await run_hook(hook, values=values, environ=environ, cwd=self._mirror.root)
+        if outcome.code is None and not outcome.timed_out and outcome.reason.startswith(NOT_STARTED):
+            raise DiskProblem(f"{name} hook: {outcome.reason}", hint="no verdict on the generation: it is run again")
+        return outcome
 
     async def _refuse(self, number: int, record: str, reason: str) -> None:
         await self._thread.run(lambda: self._standing.refuse(record, reason))

@@ -46,6 +46,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from syncd.errors import ConfigError
+from syncd.hooks import VARIABLES
 from syncd.modes import parse_modes
 from syncd.paths import printable
 from syncd.signatures import MAX_SIGNATURES, is_public
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 ENV_PREFIX = "SYNCD_"
 ENV_DELIMITER = "__"
-ENV_OURS = frozenset({"SYNCD_CONFIG", "SYNCD_CRASH_POINT", "_SYNCD_COMPLETE"})
+ENV_OURS = frozenset({"SYNCD_CONFIG", "SYNCD_CRASH_POINT", "_SYNCD_COMPLETE"}) | VARIABLES
 """Variables that begin like ours but are not keys."""
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -498,7 +499,7 @@ class HookSettings(_Model):
 
     :ivar timeout_seconds: how long one run may take.
     :ivar health_seconds: how long ``health`` is tried until it succeeds.
-    :ivar max_failures: after so many applies of one generation that did not end well the host holds at the one before.
+    :ivar max_failures: so often the hooks of one generation may begin without ending (crashes).
     """
 
     check: tuple[str, ...] = ()

@@ -112,9 +112,18 @@ class Standing:
         state = self._state
         return record == state.good_record and state.record != record and state.record in state.refused
 
-    def arrived(self, number: int, record: str) -> None:
-        """A generation is in place, whole."""
+    def arrived(self, number: int, record: str, *, same: bool = False) -> None:
+        """A generation is in place, whole.
+
+        :param same: it has the very tree of the one before: nothing is to be run for it.
+        """
         state = self._state
+        if same and state.record:
+            if state.good_record == state.record:
+                state.good, state.good_record = number, record
+            state.number, state.record = number, record
+            self._write()
+            return
         state.back = self.returns_to(record)
         state.left = state.number
         state.number, state.record = number, record
@@ -128,6 +137,11 @@ class Standing:
         self._state.tries += 1
         self._write()
         return self._state.tries
+
+    def stopped(self) -> None:
+        """The hooks were ended because we are: that says nothing about the generation."""
+        self._state.tries = max(0, self._state.tries - 1)
+        self._write()
 
     def ended_well(self) -> None:
         """The hooks have run and the generation is good."""

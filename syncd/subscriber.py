@@ -192,6 +192,7 @@ class Subscriber:
         self._standing: Standing
         self._extraneous: Extraneous
         self._suspected: set[str] = set()
+        self._holding = False
         self._layout: Layout | None = None
         self._layout_of = ""
         self._drift: DriftCheck
@@ -241,6 +242,7 @@ class Subscriber:
     ) -> PullResult:
         """Bring the mirror up to the bucket once.
 
+        :param allow_delete: hold nothing back: neither removals nor a generation that was refused.
         :param generation: go to this generation; 0: to the channel's.
         :raises BucketNotFound: there is no such bucket.
         :raises SafetyHalt: the plan would empty the mirror and ``allow_delete`` is not given.
@@ -250,6 +252,8 @@ class Subscriber:
         try:
             await self._open()
             self._checkout.explicit = generation or self._options.pin
+            if allow_delete:
+                await self._thread.run(self._standing.forget_refusals)
             result = await self._round(full=True, allow_delete=allow_delete, progress=progress)
             result.problems = self._problems()
             return result
@@ -389,11 +393,16 @@ class Subscriber:
         :param allowed: a person gave a word while something was held: on refused generations where there are any, else
             on deletions.
         """
-        if allowed and self._standing.holds:
+        if allowed and self._holding:
             await self._thread.run(self._standing.forget_refusals)
             allowed, full = False, True
         self._checkout.explicit = self._pin() or self._options.pin
-        return await self._round(full=full, allow_delete=allowed)
+        self._holding = False
+        try:
+            return await self._round(full=full, allow_delete=allowed)
+        except Held:
+            self._holding = True
+            raise
 
     async def _round(
         self, *, full: bool, allow_delete: bool, progress: Callable[[Progress], None] | None = None

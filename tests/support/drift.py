@@ -57,7 +57,9 @@ class Mirrored:
         """Check; return the result and what was logged of drift."""
         with capture_logs() as lines:
             found = self.drift.check(paths)
-        return found, [line for line in lines if line["event"] in {"drift", "silent_corruption"}]
+        told = [line for line in lines if line["event"] in {"drift", "silent_corruption"}]
+        assert self.drift.drifted == len(told)
+        return found, told
 
     def differences(self) -> set[str]:
         """What a round would bring up."""

@@ -22,7 +22,6 @@ from syncd.channels import (
     Channels,
     KeyChange,
     KeySets,
-    move_metadata,
     next_count,
     read_keys,
     read_record,
@@ -37,7 +36,6 @@ from syncd.errors import (
     EXIT_OK,
     EXIT_TEMPFAIL,
     EXIT_USAGE,
-    ConfigError,
     FormatTooNew,
     ObjectCorrupt,
     ObjectGone,
@@ -45,6 +43,7 @@ from syncd.errors import (
     UsageError,
     WriteConflict,
 )
+from syncd.moves import move_metadata
 from syncd.nodes import Location, Piece, Recipe, Where, digest_of, encode_recipe, encode_record
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
@@ -73,6 +72,7 @@ from syncd.trust import (
     keys_name,
     seconds_of,
 )
+from syncd.wiring import read_signer
 from tests.support.specs import CHUNK, Builder, Spec, commit
 from tests.support.store import get, raw_meta
 
@@ -194,7 +194,7 @@ async def test_a_move_may_end(bucket: MemoryBucket, channels: Channels) -> None:
     assert seconds_of((await move_of(bucket, "stable")).expires) == NOW + 86400
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a b", "-a", ".a", "12", "x" * 65, "a\n", "ü", "*", "channels/x"])
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "-a", ".a", "a.b", "12", "x" * 65, "a\n", "ü", "*", "channels/x"])
 async def test_a_name_that_cannot_be_a_channels_is_refused(channels: Channels, name: str) -> None:
     """Digits alone would be a generation for all that takes both."""
     with pytest.raises(UsageError, match="no name of a channel"):
@@ -385,7 +385,16 @@ async def test_contents_are_looked_for_and_not_fetched(
         return real(self, digests)
 
     monkeypatch.setattr(MemoryBucket, "get_blobs", get_blobs)
+    looked: list[str] = []
+    nodes = TreeReader.nodes
+
+    async def look(self: TreeReader, refs: Any) -> Any:
+        looked.extend(ref.tree for ref in refs)
+        return await nodes(self, refs)
+
+    monkeypatch.setattr(TreeReader, "nodes", look)
     await channels.promote(4, "stable", who=ANN)
+    assert len(looked) == len(set(looked)) == 4
     assert not contents.intersection(asked)
     assert not chunks.intersection(asked)
     assert sorted(asked) == sorted(set(builder.blobs) - contents - chunks)
@@ -923,6 +932,9 @@ async def test_a_key_set_that_follows_another_one_is_not_signed(bucket: MemoryBu
         first.replace(b'"folder":"app"', b'"folder":"api"')
         .replace(b'"version":1', b'"version":2')
         .replace(b'"parent":""', b'"parent":"%s"' % digest_of(first).encode()),
+        first.replace(b'"version":1', b'"version":3').replace(
+            b'"parent":""', b'"parent":"%s"' % digest_of(first).encode()
+        ),
         first,
     ):
         await bucket.put_many([SmallPut(ObjectMeta(keys_name(2)), changed, None, None)])
@@ -1094,15 +1106,16 @@ def test_what_others_wrote_is_shown_without_harm(shell: Shell) -> None:
         (("promote", "app", "1", "--channel", "s", "--valid-days", "0"), EXIT_USAGE, "valid-days"),
         (("promote", "plain", "1", "--channel", "s"), EXIT_USAGE, "objects layout"),
         (("promote", "none", "1", "--channel", "s"), 69, "does not exist"),
-        (("promote", "app", "1", "--channel", "s", "--seed-file", "/nonexistent"), EXIT_CONFIG, "cannot read"),
+        (("promote", "app", "1", "--channel", "s", "--seed-file", "/nonexistent"), EXIT_CONFIG, "cannot be read"),
         (("rollback", "app", "--channel", "stable"), EXIT_USAGE, "no channel 'stable'"),
-        (("rollback", "app", "--to", "8"), EXIT_USAGE, "no generation 8"),
+        (("rollback", "app", "--to", "8"), EXIT_USAGE, "no generation 8: the oldest is 1"),
         (("rollback", "app", "--to", "3"), EXIT_USAGE, "points at generation 3 already"),
         (("channels", "plain"), EXIT_USAGE, "objects layout"),
         (("channels", "app", "--remove", "head"), EXIT_USAGE, "cannot be removed"),
         (("keys", "app", "--threshold", "1"), EXIT_USAGE, "which keys are trusted now"),
         (("keys", "app", "--trust", "UABC"), EXIT_USAGE, "no public nkey"),
-        (("sign", "app", "--seed-file", "x"), EXIT_USAGE, "nothing to sign"),
+        (("sign", "app", "--seed-file", "x"), EXIT_USAGE, "nothing to sign (name it"),
+        (("sign", "app", "--generation", "1"), EXIT_USAGE, "nothing to sign with"),
     ],
 )
 def test_what_cannot_be_done_ends_in_one_line(shell: Shell, arguments: tuple[str, ...], code: int, said: str) -> None:
@@ -1137,7 +1150,7 @@ def test_keygen_writes_a_seed_that_nobody_else_reads(shell: Shell, umask: int) -
     path = shell.directory / "app.seed"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.read_text().startswith("SU")
-    assert cli_channels.read_signer(path).public == public
+    assert read_signer(path).public == public
     assert path.read_text().strip() not in shell.shown
     assert file == str(path)
 
@@ -1169,27 +1182,60 @@ def test_keygen_never_writes_over(shell: Shell, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.fault("K14")
-def test_a_seed_is_read_and_never_shown(tmp_path: Path, capfd: Any) -> None:
-    """As keygen and the nk tool write it; what is none is not repeated in the message."""
-    seed, public = generate()
-    account = "SAAJ5JJG6XVCGDAEFEPF7VPYDLNRQFRQUTXMTVEBZVRMQCUR3JIAGQLFYU"
-    file = tmp_path / "seed"
-    for text in (seed, f"{seed}\n", f"# app\n\n  {seed}\r\n{public}\n"):
-        file.write_text(text)
-        file.chmod(0o600)
-        assert cli_channels.read_signer(file).public == public
-    assert capfd.readouterr().err == ""
-    file.chmod(0o640)
-    assert cli_channels.read_signer(file).public == public
-    assert capfd.readouterr().err == f"syncd: {file} can be read by others (chmod 600)\n"
-    for text in ("", public, seed[:-1], seed[:20] + "A" + seed[21:], account, "\xff\xfe" * 100, "SU" + "A" * 10_000):
-        file.write_text(text)
-        with pytest.raises(ConfigError, match="holds no seed") as told:
-            cli_channels.read_signer(file)
-        assert text not in str(told.value) or not text
-        assert told.value.__cause__ is None
-    with pytest.raises(ConfigError, match="cannot read"):
-        cli_channels.read_signer(tmp_path)
+def test_a_seed_that_others_can_read_is_told_and_what_is_none_never_shown(shell: Shell) -> None:
+    """The message names the file; not what it holds."""
+    file, public = shell.seed("app.seed")
+    path = shell.directory / "app.seed"
+    seed = path.read_text()
+    path.chmod(0o640)
+    code, out, err = shell.run("sign", "app", "--generation", "1", "--seed-file", file)
+    assert (code, out) == (EXIT_OK, f"app: generation 1: signed by {public}\n")
+    assert err == f"syncd: {file} can be read by others (chmod 600)\n"
+    for text in (seed[:-2], seed[:20] + "A" + seed[21:], public):
+        path.write_text(text)
+        code, out, err = shell.run("sign", "app", "--generation", "1", "--seed-file", file)
+        assert (code, out, err.count("\n")) == (EXIT_CONFIG, "", 1)
+        assert "holds no seed" in err
+        assert text not in err
+
+
+def test_the_configuration_says_who_signs_and_whom_hosts_trust(shell: Shell) -> None:
+    """Unless options say otherwise; to look, no seed is read."""
+    one, first = shell.seed("one.seed")
+    two, second = shell.seed("two.seed")
+    config = shell.directory / "fleet.toml"
+    config.write_text(
+        f"""
+        [[publish]]
+        folder = "app"
+        path = "/srv/app"
+        sign_seed_file = "{one}"
+        [[publish]]
+        folder = "other"
+        path = "/srv/other"
+        sign_seed_file = "/nonexistent"
+        [[subscribe]]
+        folder = "app"
+        path = "/srv/mirror"
+        [[subscribe]]
+        folder = "app"
+        path = "/srv/copy"
+        trusted_keys = ["{first}", "{second}"]
+        trusted_threshold = 2
+        """
+    )
+    common = ("--config", str(config))
+    shell.fine("sign", "app", "--generation", "2", *common)
+    out = shell.fine("promote", "app", "2", "--channel", "stable", *common)
+    assert f"signed by {first}" in out
+    out = shell.fine("promote", "app", "2", "--channel", "stable", "--seed-file", two, *common)
+    assert f"signed by {second}" in out
+    assert "waits for signatures" in shell.fine("keys", "app", "--remove", second, "--threshold", "1", *common)
+    assert shell.fine("sign", "app", "--keys", "1", "--seed-file", two, *common)
+    assert "key set 1 (trusted): 1 of 1 have to sign" in shell.fine("keys", "app", *common)
+    (shell.directory / "one.seed").unlink()
+    assert "key set 1 (trusted)" in shell.fine("keys", "app", *common)
+    assert shell.run("keys", "app", "--add", second, *common)[0] == EXIT_CONFIG
 
 
 @pytest.mark.fault("K14")
