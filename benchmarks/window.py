@@ -3,9 +3,8 @@
     python -m benchmarks.window --dir DIR [--files 10000] [--repeat 5]
 
 A process of its own opens a directory through the mirror's path and reads 40 files of it by their names, again and
-again. In mirror mode each path changes by itself; the window is the time from the first to the last ctime of what was put in
-place. In release mode there is one rename; the window is the time in which the reader got neither the whole old nor the
-whole new set, which must be none, and the rename itself is what the daemon's log says of it. Prints a table.
+again. In mirror mode each path changes by itself; the window is the time from the first to the last ctime of what was
+put in place. In release mode there is one rename, which is timed; no reading may find two generations there.
 """
 
 from __future__ import annotations

@@ -1116,6 +1116,7 @@ def test_what_others_wrote_is_shown_without_harm(shell: Shell) -> None:
         (("keys", "app", "--trust", "UABC"), EXIT_USAGE, "no public nkey"),
         (("sign", "app", "--seed-file", "x"), EXIT_USAGE, "nothing to sign (name it"),
         (("sign", "app", "--generation", "1"), EXIT_USAGE, "nothing to sign with"),
+        (("keys", "app", "--why", "a\nb"), EXIT_USAGE, "control characters"),
     ],
 )
 def test_what_cannot_be_done_ends_in_one_line(shell: Shell, arguments: tuple[str, ...], code: int, said: str) -> None:
@@ -1140,14 +1141,23 @@ def test_a_refused_move_ends_in_one_line(shell: Shell, monkeypatch: pytest.Monke
 
 @pytest.mark.fault("K14")
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
-def test_keygen_writes_a_seed_that_nobody_else_reads(shell: Shell, umask: int) -> None:
-    """Mode 0600 whatever the umask; what is printed is the public key alone."""
+def test_keygen_writes_a_seed_that_nobody_else_reads(shell: Shell, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
+    """Mode 0600 whatever the umask; what is printed is the public key alone, and only once the seed is durable."""
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def sync(fd: int) -> None:
+        synced.append(stat.S_IFMT(os.fstat(fd).st_mode))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
     before = os.umask(umask)
     try:
         file, public = shell.seed("app.seed")
     finally:
         os.umask(before)
     path = shell.directory / "app.seed"
+    assert synced == [stat.S_IFREG, stat.S_IFDIR]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.read_text().startswith("SU")
     assert read_signer(path).public == public
@@ -1203,17 +1213,22 @@ def test_the_configuration_says_who_signs_and_whom_hosts_trust(shell: Shell) -> 
     """Unless options say otherwise; to look, no seed is read."""
     one, first = shell.seed("one.seed")
     two, second = shell.seed("two.seed")
+    _, third = shell.seed("three.seed")
     config = shell.directory / "fleet.toml"
     config.write_text(
         f"""
         [[publish]]
-        folder = "app"
-        path = "/srv/app"
-        sign_seed_file = "{one}"
-        [[publish]]
         folder = "other"
         path = "/srv/other"
         sign_seed_file = "/nonexistent"
+        [[publish]]
+        folder = "app"
+        path = "/srv/app"
+        sign_seed_file = "{one}"
+        [[subscribe]]
+        folder = "other"
+        path = "/srv/others"
+        trusted_keys = ["{third}"]
         [[subscribe]]
         folder = "app"
         path = "/srv/mirror"
@@ -1233,6 +1248,7 @@ def test_the_configuration_says_who_signs_and_whom_hosts_trust(shell: Shell) -> 
     assert "waits for signatures" in shell.fine("keys", "app", "--remove", second, "--threshold", "1", *common)
     assert shell.fine("sign", "app", "--keys", "1", "--seed-file", two, *common)
     assert "key set 1 (trusted): 1 of 1 have to sign" in shell.fine("keys", "app", *common)
+    assert "key set 1 (waits for signatures)" in shell.fine("keys", "app", "--trust", third, *common)
     (shell.directory / "one.seed").unlink()
     assert "key set 1 (trusted)" in shell.fine("keys", "app", *common)
     assert shell.run("keys", "app", "--add", second, *common)[0] == EXIT_CONFIG
@@ -1246,7 +1262,7 @@ def test_a_folder_gets_signed_moves_and_new_keys_from_the_command_line(shell: Sh
     code, out, err = shell.run("promote", "app", "2", "--channel", "stable", "--seed-file", one)
     assert (code, out) == (EXIT_OK, f"app: channel stable: generation 2 (move 1, signed by {first})\n")
     assert "generation 2 itself is not signed" in err
-    out = shell.fine("sign", "app", "--channel", "stable", "--seed-file", one)
+    out = shell.fine("sign", "app", "--generation", "2", "--channel", "stable", "--seed-file", one)
     assert out.splitlines() == [
         f"app: generation 2: signed by {first}",
         f"app: channel stable: had been signed already by {first}",
