@@ -22,7 +22,7 @@ from syncd.errors import BadSignatures, ObjectCorrupt, ObjectGone, SyncdError, U
 from syncd.index import Index
 from syncd.index.blobs import Blobs
 from syncd.model import Kind
-from syncd.moves import move_metadata, read_move, time_text
+from syncd.moves import MAX_NEXT_COUNT, move_metadata, read_move, time_text
 from syncd.nodes import (
     RECIPE_LEVELS,
     Generation,
@@ -49,7 +49,6 @@ from syncd.store.base import CHANNELS, CHUNK_SIZE, HEAD, BadMeta, Link, ObjectMe
 from syncd.store.mapping import KIND
 from syncd.trees import TreeReader, generation_name, number_of
 from syncd.trust import (
-    MAX_COUNT,
     MAX_KEYS,
     MOVE,
     SIGNATURES,
@@ -79,8 +78,6 @@ KEY_SET: Final = "keys"
 """The ``syncd-kind`` of key sets."""
 MAX_KEY_SETS: Final = 1000
 """Key sets that are looked at: whoever may write to the bucket could make any number."""
-MAX_NEXT_COUNT: Final = MAX_COUNT // 2
-"""No honest channel gets here: a forged count must not leave us without a next one."""
 WALK_AT_ONCE: Final = 64
 FETCH_AT_ONCE: Final = 64
 

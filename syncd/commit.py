@@ -24,7 +24,7 @@ from syncd.errors import FolderTaken, SafetyHalt, StoreFull, WriteConflict
 from syncd.index import LocalRow, RemoteRow
 from syncd.index.blobs import UNSETTLED, Blobs
 from syncd.model import Entry, Kind
-from syncd.moves import generation_signature, move_metadata, read_move, time_text
+from syncd.moves import MAX_NEXT_COUNT, generation_signature, move_metadata, read_move, time_text
 from syncd.nodes import NOTE_MAX, Generation, Node, NodeRef, Where, digest_of, encode_record
 from syncd.outlet import Claim, DeletionGuard, PublishOptions, PushResult, Wish
 from syncd.paths import printable
@@ -178,7 +178,8 @@ class Committer:
         options, now = self._options, self._clock()
         before = read_move(self._pointed.move) if self._pointed is not None else None
         used = await self._thread.run(lambda: int(self._index.note(COUNT, "0")))
-        count = max(used, before.count if before is not None else 0) + 1
+        told = before.count if before is not None and before.count < MAX_NEXT_COUNT else 0  # the rest is forged
+        count = max(used, told) + 1
         await self._thread.run(lambda: self._index.set_note(COUNT, str(count)))
         move = Move(
             folder=options.folder,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from syncd.errors import DiskProblem, ObjectCorrupt, ObjectGone, SyncdError
 from syncd.index import LocalRow
+from syncd.mirror import is_unreadable
 from syncd.model import Entry, Kind
 from syncd.store.mapping import object_info, remote_row
 from syncd.upstream import Fetch
@@ -77,8 +78,10 @@ class Fetcher:
             return ""
         try:
             return self._mirror.stage_copy(row.path, want)
-        except DiskProblem:
-            raise
+        except DiskProblem as error:
+            if not is_unreadable(error):
+                raise
+            return ""
         except SyncdError:
             return ""  # it changed since the index saw it: download instead
 

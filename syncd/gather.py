@@ -23,6 +23,7 @@ from syncd.crashpoints import crash_point
 from syncd.errors import DiskProblem, FileChanged, FormatTooNew, ObjectCorrupt, ObjectGone, SyncdError
 from syncd.index import LocalRow
 from syncd.index.checkout import ChunkPlace, Staged, Wanted, parse_location
+from syncd.mirror import is_unreadable
 from syncd.model import Entry, Kind
 from syncd.nodes import PACK_ITEM_MAX, Where, digest_of
 from syncd.trees import TreeReader, cut
@@ -287,6 +288,9 @@ class Gatherer:
                 return Staged(self._mirror.stage_copy(source, want), want.digest, self._mirror.run)
         except FileChanged:
             pass  # it changed since the index saw it
+        except DiskProblem as error:
+            if not is_unreadable(error):
+                raise
         if want.size <= PACK_ITEM_MAX:
             return None  # cheaper to write again than to look for
         staged = self._tables.staged_content(want.digest, self._mirror.run)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from syncd.errors import SyncdError
 from syncd.signatures import encode_signatures
-from syncd.trust import MOVE, SIGNATURES, Move, Statement, decode_move, encode_move, statement_of
+from syncd.trust import MAX_COUNT, MOVE, SIGNATURES, Move, Statement, decode_move, encode_move, statement_of
 
 if TYPE_CHECKING:
     from syncd.signatures import Signer
+
+MAX_NEXT_COUNT: Final = MAX_COUNT // 2
+"""No honest channel gets here: a forged count must not leave us without a next one."""
 
 
 def time_text(seconds: float) -> str:

@@ -150,6 +150,12 @@ class Retention:
         due, stray = await self._sweep(found, history, now, dry_run=dry_run)
         if dry_run:
             return found
+        now_there = await self._history()  # an operator may have promoted one of these, or written something, meanwhile
+        if now_there.held & gone:
+            self._log.info("collection_put_off", held=sorted(now_there.held & gone))
+            kept = len(now_there.generations)
+            return Collected(found.blobs, found.size, size_after=found.size, generations_kept=kept)
+        stray = [nuid for nuid in stray if nuid not in now_there.nuids]
         await self._forget(history, gone)
         for nuid in stray:
             await self._bucket.remove_chunks(nuid)
@@ -271,7 +277,7 @@ class Retention:
     ) -> tuple[list[str], list[str]]:
         """Return the blobs that may go now, and nuids of ours that no object names: records of removed generations.
 
-        Blobs that are found unreached for the first time wait for the grace time.
+        What is found so for the first time waits for the grace time: it may be on its way in.
         """
         due: list[str] = []
         stray: list[str] = []
@@ -288,7 +294,10 @@ class Retention:
             since = await self._thread.run(partial(self._blobs.since, loose, now))
             due += [name for name in loose if now - since[name] >= self._options.grace_seconds]
         found.freed_blobs += len(due)
-        return due, stray
+        if dry_run:
+            return due, stray
+        strays = await self._thread.run(partial(self._blobs.strays_since, stray, now))
+        return due, [nuid for nuid, since in strays.items() if now - since >= self._options.grace_seconds]
 
     def _finish(self, now: float) -> int:
         """Tidy the index, and choose sparse packs to be packed anew."""

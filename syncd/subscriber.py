@@ -341,7 +341,12 @@ class Subscriber:
 
         path = self._options.path
         tree = path / "current" if self._rollout.is_release else path
-        async with MirrorWatch(lambda: tree, suspects) as watch:
+
+        def on_mode(mode: str, reason: str) -> None:
+            self._log.info("watch_mode", mode=mode, reason=reason)
+            self._status.set(watching=mode)
+
+        async with MirrorWatch(lambda: tree, suspects, on_mode=on_mode) as watch:
             while True:
                 hints = await watch.next()
                 if hints.rescan:
@@ -475,8 +480,10 @@ class Subscriber:
         if trip.full and not trip.checked:
             await self._thread.run(self._drift.check)
             trip.checked = True
+            trip.result.drifted += self._drift.drifted
         elif suspected:
             trip.touch(await self._thread.run(lambda: self._drift.check(suspected)))
+            trip.result.drifted += self._drift.drifted
 
     async def _remove_extraneous(self, *, allow_delete: bool) -> int:
         if self._options.extraneous != "delete" or self._upstream.in_doubt:

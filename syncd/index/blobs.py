@@ -9,8 +9,10 @@ Rules kept here:
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from syncd.index.database import FOREVER, Row, chunks, key_range
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from syncd.index.database import Database
 
 UNSETTLED: Final = "unsettled"
+STRAYS: Final = "strays"
+MAX_STRAYS: Final = 1000
+"""Chunks that no object names, of one collection; the rest is for the next one."""
 _KINDS = (Kind.FILE, Kind.DIR, Kind.SYMLINK)
 _FETCH = 500
 
@@ -175,6 +180,16 @@ class Blobs:
                         (_raw(digest), now),
                     )
                 found[digest] = since
+        return found
+
+    def strays_since(self, nuids: Iterable[str], now: float) -> dict[str, float]:
+        """Return when chunks that no object names were first found so; for new ones: now. The others are forgotten."""
+        try:
+            known = json.loads(self._db.note(STRAYS, "{}"))
+        except ValueError:
+            known = {}
+        found = {nuid: float(known.get(nuid, now)) for nuid in islice(nuids, MAX_STRAYS)}
+        self._db.set_note(STRAYS, json.dumps(found))
         return found
 
     def clear_since(self) -> None:

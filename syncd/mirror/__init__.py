@@ -7,7 +7,7 @@ from syncd.mirror.assembly import Assembly
 from syncd.mirror.build import BuildItem, Built, ContentChanged
 from syncd.mirror.mirror import Mirror, Mode
 from syncd.mirror.release import RELEASE_NAME, release_name, release_number
-from syncd.mirror.root import Disk, View
+from syncd.mirror.root import Disk, View, is_unreadable
 from syncd.mirror.share import SHARES, Share
 from syncd.mirror.staging import PART_NAME, Staged
 
@@ -27,6 +27,7 @@ __all__ = [
     "Share",
     "Staged",
     "View",
+    "is_unreadable",
     "release_name",
     "release_number",
 ]

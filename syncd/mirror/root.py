@@ -87,6 +87,11 @@ def disk_problem(exc: OSError, what: str) -> DiskProblem:
     return DiskProblem(f"{what}: {os.strerror(number)} [{name}]", hint=_HINTS.get(number, ""))
 
 
+def is_unreadable(error: DiskProblem) -> bool:
+    """Tell whether the disk has lost what was to be read: content that can be had elsewhere need not come from there."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
+
+
 def to_stat(found: os.stat_result) -> Stat:
     """Keep the fields of the quick check."""
     return Stat(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
@@ -401,13 +406,14 @@ class View:
         """Yield everything below the root but ``.syncd``, in component order, never following a symlink.
 
         Memory is bounded by the names of the directories along one path. A directory that cannot be read yields
-        itself and nothing below; a name that cannot be a path (not UTF-8, too long) is left out; both are logged
-        and told to ``on_problem``. What vanishes during the walk is left out.
+        itself and nothing below; a name that cannot be a path (not UTF-8, too long) is left out; both are told to
+        ``on_problem``, or logged where nobody is to be told. What vanishes during the walk is left out.
         """
 
         def tell(path: str, code: str, text: str) -> None:
-            log.warning("mirror_walk_problem", path=path, code=code, text=text)
-            if on_problem is not None:
+            if on_problem is None:
+                log.warning("mirror_walk_problem", path=path, code=code, text=text)
+            else:
                 on_problem(Problem(path, code, text))
 
         with Dirs(self.fd, one_filesystem=False) as dirs:

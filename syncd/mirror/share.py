@@ -89,7 +89,7 @@ class Sharer:
     def _clone(self, source: tuple[int, str], found: os.stat_result, target: tuple[int, str], entry: Entry) -> bool:
         """Share the content's blocks; ``False`` where that is not possible."""
         try:
-            with _opened(source, found) as old, _made(target) as new:
+            with _opened(source) as old, _made(target) as new:
                 clone(old, new)
                 _check(old, found)
                 finish_meta(new, entry, self._owner)
@@ -101,7 +101,7 @@ class Sharer:
         return True
 
     def _copy(self, source: tuple[int, str], found: os.stat_result, target: tuple[int, str], entry: Entry) -> None:
-        with _opened(source, found) as old, _made(target) as new:
+        with _opened(source) as old, _made(target) as new:
             copy_bytes(old, new, entry.size)
             digest, sha256, size = hash_fd(new, sha256=not entry.digest)
             _check(old, found)
@@ -144,14 +144,13 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 
 
 @contextmanager
-def _opened(source: tuple[int, str], found: os.stat_result) -> Iterator[int]:
-    """Open the very file that was looked at."""
+def _opened(source: tuple[int, str]) -> Iterator[int]:
+    """Open a file to be read; :func:`_check` tells afterwards whether it is, and still is, the one looked at."""
     try:
         fd = open_regular(*source)
     except FileNotFoundError:
         raise FileChanged("it is gone") from None
     try:
-        _check(fd, found)
         yield fd
     finally:
         os.close(fd)

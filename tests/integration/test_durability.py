@@ -7,6 +7,7 @@ call; and on real filesystems that are stopped by the kernel (tests/support/powe
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -18,7 +19,8 @@ import pytest
 from structlog.testing import capture_logs
 
 import syncd.mirror.mirror as mirror_module
-from syncd.mirror import Mirror
+from syncd.mirror import Mirror, release_number
+from tests.support import release
 from tests.support.mirror import (
     T0,
     Keeper,
@@ -37,11 +39,13 @@ from tests.support.powercut import KINDS, LossyDisk, why_not
 from tests.support.recording import Crash, Familiar, Recorder, Recording
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from syncd.mirror import Mode
+
 SEED = int(os.environ.pop("SYNCD_TEST_CUT_SEED", str(random.randrange(2**32))))
-SAMPLES = int(os.environ.pop("SYNCD_TEST_CUT_SAMPLES", "5"))
+SAMPLES = int(os.environ.pop("SYNCD_TEST_CUT_SAMPLES", "3"))
 
 OLD: Tree = {
     "a": folder(mtime_ns=T0 - 5),
@@ -115,22 +119,27 @@ def recorded(where: Path, *trees: Tree, drift: str = "repair") -> Recording:
 @contextmanager
 def rebuilt(crash: Crash, root: Path) -> Iterator[None]:
     """The tree that a crash left, as real files."""
-    shutil.rmtree(root, ignore_errors=True)
+    if root.exists():
+        for path in [root, *root.rglob("*")]:
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o700)  # releases are read-only
+        shutil.rmtree(root)
     root.mkdir()
     numbers = crash.disk.build(root)
     with Familiar(crash.disk, numbers, root):
         yield
 
 
-def recover(crash: Crash, root: Path) -> list[str]:
+def recover(crash: Crash, root: Path, mode: Mode = "mirror") -> list[str]:
     """Recover what a crash left; nothing is synced for real. Returns what is left over."""
     with rebuilt(crash, root), pytest.MonkeyPatch.context() as patch, capture_logs() as logs:
         patch.setattr(mirror_module, "sync_filesystem", lambda fd: None)
         patch.setattr(os, "fsync", lambda fd: None)
-        with Mirror.open(root) as mirror:
+        with Mirror.open(root, mode=mode) as mirror:
             mirror.recover()
     events = {line["event"] for line in logs if line["log_level"] in {"warning", "error"}}
-    return [*litter(root), *sorted(events - {"journal_torn"})]
+    left = litter(root) if mode == "mirror" else release.litter(root)
+    return [*left, *sorted(events - {"journal_torn"})]
 
 
 def torn(crash: Crash, trees: tuple[Tree, ...]) -> list[str]:
@@ -145,10 +154,10 @@ def torn(crash: Crash, trees: tuple[Tree, ...]) -> list[str]:
     return found
 
 
-def commits(recording: Recording, crash: Crash) -> int:
-    """How many batches no power cut can undo any more."""
-    renames = (at for at, op in enumerate(recording.ops) if op.word == "rename" and op.to and op.to[1] == "journal")
-    return sum(at in crash.durable for at in renames)
+def commits(recording: Recording, crash: Crash, name: str = "journal") -> int:
+    """How many batches no power cut can undo any more: those whose journal has its name for certain."""
+    renames = (at for at, op in enumerate(recording.ops) if op.word == "rename" and op.to and op.to[1] == name)
+    return sum(at in crash.promised for at in renames)
 
 
 def differences(found: dict[str, tuple[object, ...]], wanted: dict[str, tuple[object, ...]]) -> list[str]:
@@ -218,7 +227,7 @@ def test_the_model_loses_what_was_not_synced_and_nothing_else(
     left = {
         bytes(crash.disk.inodes[crash.disk.inodes[0].names["file"]].data)
         for crash in recording.crashes(seed=1, samples=20)
-        if crash.durable == recording.durable(len(recording.ops))
+        if crash.promised == recording.durable(len(recording.ops))
     }
     assert left == possible
 
@@ -242,7 +251,7 @@ def test_what_the_recorder_misses_is_found_out(tmp_path: Path) -> None:
 @pytest.mark.fault("C2")
 @pytest.mark.parametrize("drift", ["repair", "report"])
 def test_a_power_cut_after_any_call_leaves_the_old_tree_or_the_new_one(
-    tmp_path: Path, record_property: pytest.RecordProperty, drift: str
+    tmp_path: Path, record_property: Callable[[str, object], None], drift: str
 ) -> None:
     """Two batches are recorded; after each system call everything that is not synced is lost, in every combination."""
     recording = recorded(tmp_path, *TREES, drift=drift)
@@ -275,7 +284,9 @@ def test_every_sync_of_a_commit_is_needed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault("C2 C3")
-def test_a_power_cut_during_recovery_is_recovered_from(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+def test_a_power_cut_during_recovery_is_recovered_from(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """The recovery of a batch is recorded in its turn, and cut off after each of its system calls."""
     first = recorded(tmp_path, OLD, NEW)
     journaled = [crash for crash in first.crashes(seed=SEED, samples=0) if commits(first, crash) > 0]
@@ -293,6 +304,82 @@ def test_a_power_cut_during_recovery_is_recovered_from(tmp_path: Path, record_pr
             assert recover(second, tmp_path / "again") == []
             assert snapshot(tmp_path / "again") == expected(NEW), f"seed {SEED}, {second.position}, {second.how}"
     record_property("fault_runs", crashes)
+
+
+# -- releases ----------------------------------------------------------------------------------------------------------
+
+GENERATIONS = tuple(map(release.read_only, TREES))
+NAMED = {release.name_of(number, tree): tree for number, tree in enumerate(GENERATIONS, 1)}
+
+
+def recorded_releases(where: Path) -> Recording:
+    """A mirror goes from its first release to two others; the third is one too many for the first."""
+    root = where / "recorded"
+    with release.opened(root, keep=2) as releaser:
+        releaser.go(1, GENERATIONS[0])
+        with Recorder(root) as recorder:
+            for number, tree in enumerate(GENERATIONS[1:], 2):
+                releaser.go(number, tree)
+    assert release.seen(root) == expected(GENERATIONS[-1])
+    assert recorder.recording.check(root) == []
+    return recorder.recording
+
+
+def broken_releases(root: Path) -> list[str]:
+    """What is wrong with what a reader finds: each release is whole, and one of them is current."""
+    wrong = []
+    names = [path.name for path in (root / "releases").iterdir() if not path.name.startswith(".")]
+    for name in names:
+        wrong += [f"{name}: {line}" for line in differences(snapshot(root / "releases" / name), expected(NAMED[name]))]
+    current = (root / "current").readlink().name
+    return wrong if current in names else [*wrong, f"current is {current}, there are {names}"]
+
+
+def broken_by(recording: Recording, crash: Crash, root: Path) -> list[str]:
+    """What is wrong after a crash, before and after its recovery."""
+    with rebuilt(crash, root):
+        wrong = broken_releases(root)
+    left = recover(crash, root, "release")
+    wrong += broken_releases(root)
+    wrong += [f"left over: {left}"] if left else []
+    done = commits(recording, crash, "current")
+    current, allowed = (root / "current").readlink().name, list(NAMED)[done : done + 2]
+    return wrong if current in allowed else [*wrong, f"current is {current}, not of {allowed}"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("C2")
+def test_a_power_cut_after_any_call_leaves_whole_releases_and_one_of_them_current(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Building, publishing, switching and removing: recorded, and cut off after each system call."""
+    recording = recorded_releases(tmp_path)
+    crashes = 0
+    for crash in recording.crashes(seed=SEED, samples=SAMPLES):
+        crashes += 1
+        wrong = broken_by(recording, crash, tmp_path / "rebuilt")
+        assert wrong == [], f"SYNCD_TEST_CUT_SEED={SEED}, call {crash.position}, {crash.how}"
+    record_property("fault_runs", crashes)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("C2")
+def test_every_sync_of_a_release_is_needed(tmp_path: Path) -> None:
+    """With any of them taken out, the check finds a power cut that breaks a release, or undoes what was switched."""
+    recording = recorded_releases(tmp_path)
+    syncs = recording.syncs()
+    assert [recording.ops[position].word for position in syncs] == [
+        "syncfs",  # what was built
+        "fsync",  # its name
+        "fsync",  # the switch
+        *("syncfs", "fsync", "fsync"),
+        "fsync",  # an old one has lost its name
+    ]
+    for position in (*syncs[:3], syncs[-1]):
+        other = recording.without(position)
+        crashes = other.crashes(seed=SEED, samples=SAMPLES)
+        found = any(broken_by(other, crash, tmp_path / "rebuilt") for crash in crashes)
+        assert found, f"{recording.ops[position]} at {position} could go"
 
 
 # -- real filesystems --------------------------------------------------------------------------------------------------
@@ -343,7 +430,7 @@ def test_a_stopped_filesystem_loses_what_was_not_synced(disk: LossyDisk) -> None
 @pytest.mark.fault("C2")
 @pytest.mark.parametrize("drift", ["repair", "report"])
 def test_a_filesystem_that_is_stopped_in_a_commit_has_the_old_tree_or_the_new_one(
-    disk: LossyDisk, tmp_path: Path, drift: str, record_property: pytest.RecordProperty
+    disk: LossyDisk, tmp_path: Path, drift: str, record_property: Callable[[str, object], None]
 ) -> None:
     """A process dies at each named point, its filesystem is stopped that moment, mounted anew, and recovered."""
     root, state = disk.root / "mirror", tmp_path / "state"
@@ -372,3 +459,45 @@ def test_a_filesystem_that_is_stopped_in_a_commit_has_the_old_tree_or_the_new_on
             assert litter(root) == []
             disk.restore()
     record_property("fault_runs", 2 * len(points))
+
+
+RELEASE_POINTS = (
+    ("release_building:4", {1}),
+    ("release_built", {1}),
+    ("release_published", {1}),
+    ("before_switch", {1}),
+    ("after_switch", {1, 2}),
+    ("release_pruned", {3}),
+    ("release_removing:3", {3}),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.fault("C2")
+def test_a_filesystem_that_is_stopped_has_whole_releases_and_one_of_them_current(
+    disk: LossyDisk, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """As above, with releases built, published, switched to and removed."""
+    root, state = disk.root / "mirror", tmp_path / "state"
+    with release.opened(root, keep=2, state=state / "index") as releaser:
+        releaser.go(1, GENERATIONS[0])
+    (state / "trees").write_bytes(pickle.dumps([GENERATIONS[2], *GENERATIONS[:2]]))
+    shutil.copytree(state, tmp_path / "saved")
+    disk.save()
+    for point, allowed in RELEASE_POINTS:
+        for journal in (False, True):
+            died = release.run("go", root, state, "2", "3", crash=point)
+            assert died.returncode == -signal.SIGKILL, died.stdout
+            disk.cut(journal=journal)
+            disk.mount()
+            assert broken_releases(root) == [], (point, journal)
+            with Mirror.open(root, mode="release") as mirror:
+                mirror.recover()
+                assert release_number(mirror.current()) in allowed, (point, journal)
+            assert broken_releases(root) == [], (point, journal)
+            assert release.litter(root) == [], (point, journal)
+            disk.restore()
+            shutil.rmtree(state)
+            shutil.copytree(tmp_path / "saved", state)
+    record_property("fault_runs", 2 * len(RELEASE_POINTS))

@@ -119,7 +119,9 @@ async def pull(
     """
     async with _store(url, OFFLINE_SECONDS if offline else CONNECT_SECONDS) as store:
         status = _keeper("subscribe", folder)
-        how = {key: tuple(value) if isinstance(value, list) else value for key, value in (rollout or {}).items()}
+        how: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in (rollout or {}).items()
+        }
         modes = ModePolicy(read_only=how.get("mode") == "release")  # the default of both modes
         chosen = SubscribeOptions(folder, Path(mirror), Rules(), rollout=RolloutOptions(modes=modes, **how), **options)
         subscriber = Subscriber(chosen, store, Path(index), status=status)

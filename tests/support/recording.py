@@ -206,13 +206,13 @@ class Crash:
 
     :ivar position: how many operations had been called.
     :ivar how: what became of those that nothing had made durable.
-    :ivar durable: the operations whose effect no filesystem may lose any more.
+    :ivar promised: the operations whose effect must be there: syncs that were called cover them.
     """
 
     position: int
     how: str
     disk: Disk
-    durable: frozenset[int]
+    promised: frozenset[int]
 
 
 def _data_is(fate: Fate) -> Callable[[Op], Fate]:
@@ -244,11 +244,13 @@ class Recording:
     def __init__(self, base: Disk) -> None:
         self.base = base
         self.ops: list[Op] = []
+        self._whole: tuple[Recording, int] | None = None
 
     def without(self, position: int) -> Recording:
-        """The same, but for one operation: as if somebody had taken that call out."""
+        """The same, but for one sync: as if somebody had taken that call out, and relied on it all the same."""
         other = Recording(self.base)
         other.ops = self.ops[:position] + self.ops[position + 1 :]
+        other._whole = self, position
         return other
 
     def syncs(self) -> list[int]:
@@ -312,7 +314,7 @@ class Recording:
         return found
 
     @functools.cached_property
-    def _promised(self) -> list[tuple[frozenset[int], frozenset[int]]]:
+    def _covered(self) -> list[tuple[frozenset[int], frozenset[int]]]:
         """For each position: what is there for certain, and what is there if the file that it belongs to is."""
         certain: set[int] = set()
         perhaps: set[int] = set()
@@ -331,7 +333,14 @@ class Recording:
 
     def durable(self, position: int) -> frozenset[int]:
         """The operations that no power cut after so many calls may undo."""
-        return self._promised[position][0]
+        return self._covered[position][0]
+
+    def promised(self, position: int) -> frozenset[int]:
+        """The operations that whoever called the syncs may count on; more than :meth:`durable` if one is taken out."""
+        if self._whole is None:
+            return self.durable(position)
+        whole, gone = self._whole
+        return frozenset(at - (at > gone) for at in whole.durable(position + (position >= gone)) if at != gone)
 
     # -- what may be left -------------------------------------------------------------------------------------------
 
@@ -348,11 +357,10 @@ class Recording:
         for position in range(last + 1):
             for how, fates in self._choices(position, rng, samples, all_of_them=position in full):
                 disk = self._left(position, fates)
-                durable = self.durable(position)
-                key = (durable, disk.key())
+                key = (self.promised(position), disk.key())
                 if key not in seen:
                     seen.add(key)
-                    yield Crash(position, how, disk, durable)
+                    yield Crash(position, how, disk, self.promised(position))
 
     def _choices(
         self, position: int, rng: random.Random, samples: int, *, all_of_them: bool
@@ -376,8 +384,9 @@ class Recording:
 
     def _left(self, position: int, fate_of: Callable[[int], Fate]) -> Disk:
         """The tree in which every operation has its fate, but for those that are durable."""
-        certain, perhaps = self._promised[position]
-        disk, there = self.base.copy(), set()
+        certain, perhaps = self._covered[position]
+        disk = self.base.copy()
+        there: set[int] = set()
         for at, op in enumerate(self.ops[:position]):
             fate = Fate.KEPT if at in certain or at in perhaps else fate_of(at)
             if fate is not Fate.LOST and self.needs[at] <= there:
@@ -503,10 +512,12 @@ class Recorder:
     def note(self, op: Op) -> None:
         """Write one operation down, with the change time that it left."""
         self._now.apply(op)
-        for path, number in self._now.walk() if op.inode >= 0 else ():
-            if number == op.inode:
-                found = self._real.stat(self._root / path, follow_symlinks=False)
-                op = replace(op, ctime_ns=found.st_ctime_ns)
+        paths = {number: path for path, number in self._now.walk()}
+        if op.inode in paths:
+            found = self._real.stat(self._root / paths[op.inode], follow_symlinks=False)
+            op = replace(op, ctime_ns=found.st_ctime_ns)
+        for gone in {op.inode, op.over} - paths.keys() - {ROOT, -1}:  # its inode number is soon another file's
+            self._numbers.pop(self._now.inodes[gone].ino, None)
         self.recording.ops.append(op)
 
     # -- finding out what is meant ----------------------------------------------------------------------------------
@@ -701,8 +712,8 @@ class Familiar:
             self._known[found.st_ino] = (found.st_dev, found.st_ctime_ns, disk.inodes[numbers[found.st_ino]])
 
     def __enter__(self) -> Self:
-        os.stat = self._as_stat  # type: ignore[assignment]
-        os.fstat = self._as_fstat  # type: ignore[assignment]
+        os.stat = self._as_stat
+        os.fstat = self._as_fstat
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -45,7 +45,7 @@ def difference(left: Path, right: Path) -> dict[str, tuple[Any, Any]]:
     return {path: (a.get(path), b.get(path)) for path in sorted(a.keys() | b.keys()) if a.get(path) != b.get(path)}
 
 
-async def eventually(claim: Callable[[], Any], seconds: float = 20.0) -> Any:
+async def eventually(claim: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Wait until a claim about the outside world holds; its last value is in the failure."""
     deadline = time.monotonic() + seconds
     while True:
@@ -56,7 +56,7 @@ async def eventually(claim: Callable[[], Any], seconds: float = 20.0) -> Any:
         await asyncio.sleep(0.02)
 
 
-async def equal_trees(left: Path, right: Path, seconds: float = 20.0) -> None:
+async def equal_trees(left: Path, right: Path, seconds: float = 60.0) -> None:
     """Wait until two trees are equal; shows the first differences otherwise."""
     deadline = time.monotonic() + seconds
     while True:

@@ -18,7 +18,6 @@ from syncd import channels as channels_module
 from syncd import cli as command_line
 from syncd import cli_channels, oneshot
 from syncd.channels import (
-    MAX_NEXT_COUNT,
     Channels,
     KeyChange,
     KeySets,
@@ -43,7 +42,7 @@ from syncd.errors import (
     UsageError,
     WriteConflict,
 )
-from syncd.moves import move_metadata
+from syncd.moves import MAX_NEXT_COUNT, move_metadata
 from syncd.nodes import Location, Piece, Recipe, Where, digest_of, encode_recipe, encode_record
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher

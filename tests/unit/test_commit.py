@@ -5,22 +5,28 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
 
+from syncd.channels import Channels, KeyChange, KeySets, read_keys
 from syncd.errors import FolderTaken, LayoutMismatch, ObjectGone, SafetyHalt, StoreFull, StoreTimeout
 from syncd.model import Kind
+from syncd.moves import move_metadata, read_move
 from syncd.nodes import Generation, NodeRef
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
+from syncd.retention import Retention
 from syncd.rules import Rules
+from syncd.signatures import Signer, generate
 from syncd.status import FolderStatus, StatusKeeper
-from syncd.store.base import CHANNELS, HEAD, NUID_PREFIX, BadMeta, BucketSpec, ObjectMeta, SmallPut
+from syncd.store.base import CHANNELS, HEAD, NUID_PREFIX, BadMeta, BucketSpec, Link, ObjectMeta, SmallPut
 from syncd.store.memory import MemoryStore
-from syncd.trees import Commit, TreeReader
+from syncd.trees import Commit, TreeReader, generation_name
+from syncd.trust import Trust
 
 DAY = 86400.0
 
@@ -541,10 +547,59 @@ async def test_records_that_no_generation_names_are_collected(shelf: Shelf) -> N
     record = next(name for name in chunks if name.startswith(NUID_PREFIX))
     stray, foreign = f"{NUID_PREFIX}{'0' * 22}", "anothers-nuid"
     chunks[stray], chunks[foreign] = list(chunks[record]), list(chunks[record])
-    shelf.now += 60
-    await shelf.publisher().collect()
-    left = {name for name in chunks if len(name) != 64}
-    assert left == {record, foreign}
+    for expected in ({record, foreign, stray}, {record, foreign}):  # first it waits for the grace time
+        shelf.now += 60
+        await shelf.publisher().collect()
+        assert {name for name in chunks if len(name) != 64} == expected
+
+
+async def test_what_an_operator_does_during_a_collection_survives(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key set that is written, and a channel that is moved to an expired generation, while blobs are marked."""
+    shelf.options |= {"keep_generations": 2, "grace_seconds": 1.0}
+    for _ in range(4):
+        write(shelf.source / "f", os.urandom(5000))
+        await shelf.push()
+    bucket = shelf.store.bucket("app")
+    signer = Signer(generate()[0])
+    trust = Trust(frozenset({signer.public}), 1)
+    mark = Retention._mark
+
+    async def meanwhile(self: Retention, infos: Any) -> None:
+        await mark(self, infos)
+        await KeySets(bucket, time.time).change(trust, KeyChange((Signer(generate()[0]).public,)), [signer])
+        await Channels(bucket, time.time).promote(1, "stable", who="me")
+
+    shelf.now += 3600
+    with monkeypatch.context() as patched:
+        patched.setattr(Retention, "_mark", meanwhile)
+        await shelf.publisher().collect()
+    for _ in range(3):
+        shelf.now += 60
+        await shelf.publisher().collect()
+    assert {version: bool(one.data) for version, one in (await read_keys(bucket)).items()} == {1: True}
+    stable = await TreeReader(bucket).channel("stable")
+    assert stable is not None
+    await shelf.tree(stable.generation)
+
+
+@pytest.mark.fault("K3")
+async def test_a_forged_count_does_not_stop_the_publisher(shelf: Shelf) -> None:
+    """Whoever may write to the bucket sets the head's count to the highest there is: the next commit goes on."""
+    write(shelf.source / "f", "one")
+    await shelf.push()
+    head = await shelf.head()
+    move = read_move(head.move)
+    assert move is not None
+    bucket = shelf.store.bucket("app")
+    forged = move_metadata(replace(move, count=(1 << 53) - 1), None)
+    await bucket.put_link(CHANNELS + HEAD, Link("app", generation_name(1)), metadata=forged)
+    write(shelf.source / "f", "two")
+    assert (await shelf.push()).generation == 2
+    after = read_move((await shelf.head()).move)
+    assert after is not None
+    assert after.count == 2
 
 
 async def test_content_that_was_freed_comes_back_when_it_is_needed(shelf: Shelf) -> None:
