@@ -141,7 +141,8 @@ def _entry(row: Row) -> Entry:
     return Entry(_KINDS[row[1]], row[2], row[3], row[4], _unpack(row[5]), _unpack(row[6]), row[7])
 
 
-def _local_values(row: LocalRow) -> Row:
+def local_values(row: LocalRow) -> Row:
+    """Return a row as the table ``local`` has it."""
     stat = row.stat
     return (
         sort_key(row.path),
@@ -212,7 +213,7 @@ class Index(Database):
         mark = scan or self._scan
         with self.transaction():
             source = iter(rows)
-            while values := [_local_values(row) for row in islice(source, PAGE)]:
+            while values := [local_values(row) for row in islice(source, PAGE)]:
                 self.many(_PUT_LOCAL, values)
                 if mark > self._first_scan:
                     self.many(_MARK, ((value[0], mark) for value in values))

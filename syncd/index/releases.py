@@ -21,7 +21,7 @@ import structlog
 
 from syncd.errors import DiskProblem
 from syncd.index.database import PAGE, Row
-from syncd.index.index import LocalRow, _local_values
+from syncd.index.index import LocalRow, local_values
 from syncd.paths import printable
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _fill(db: sqlite3.Connection, file: Path, table: str, rows: Iterator[Row]) -
 
 def _values(rows: Iterable[Known]) -> Iterator[Row]:
     for row in rows:
-        yield _local_values(LocalRow(row.path, row.entry, row.stat))
+        yield local_values(LocalRow(row.path, row.entry, row.stat))
 
 
 def _sync(file: Path) -> None:

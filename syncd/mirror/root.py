@@ -88,7 +88,7 @@ def disk_problem(exc: OSError, what: str) -> DiskProblem:
 
 
 def is_unreadable(error: DiskProblem) -> bool:
-    """Tell whether the disk has lost what was to be read: content that can be had elsewhere need not come from there."""
+    """Tell whether the disk has lost what was to be read: content to be had elsewhere need not come from there."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
 
 

@@ -399,7 +399,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LossyDisk]:
     try:
         yield disk.make()
     finally:
-        disk.unmount()
+        disk.remove()
 
 
 @pytest.mark.fault("C2")
@@ -411,17 +411,14 @@ def test_a_stopped_filesystem_loses_what_was_not_synced(disk: LossyDisk) -> None
     disk.save()
     careless(root, content=False, name=False)
     disk.cut(journal=False)
-    disk.mount()
     assert (root / "file").read_bytes() == b"old"
     disk.restore()
     (root / "fresh").write_bytes(b"new content")
     disk.cut(journal=True)
-    disk.mount()
     assert (root / "fresh").read_bytes() == b""
     disk.restore()
     careless(root, content=True, name=True)
     disk.cut(journal=False)
-    disk.mount()
     assert (root / "file").read_bytes() == b"new content"
 
 
@@ -447,7 +444,6 @@ def test_a_filesystem_that_is_stopped_in_a_commit_has_the_old_tree_or_the_new_on
             died = run("apply", root, state, drift, crash=point)
             assert died.returncode == -signal.SIGKILL, died.stdout
             disk.cut(journal=journal)
-            disk.mount()
             old, new = expected(OLD), expected(NEW)
             now = snapshot(root)
             for path in ("a/changed", "l", "m", "n", "same"):
@@ -490,7 +486,6 @@ def test_a_filesystem_that_is_stopped_has_whole_releases_and_one_of_them_current
             died = release.run("go", root, state, "2", "3", crash=point)
             assert died.returncode == -signal.SIGKILL, died.stdout
             disk.cut(journal=journal)
-            disk.mount()
             assert broken_releases(root) == [], (point, journal)
             with Mirror.open(root, mode="release") as mirror:
                 mirror.recover()

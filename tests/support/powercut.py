@@ -42,15 +42,19 @@ def _run(*command: str | Path) -> str:
 class LossyDisk:
     """A filesystem of its own in an image file.
 
+    Each mount is of a file of its own: a loop device goes away some time after its filesystem is unmounted, perhaps
+    late (another mount namespace may hold it), and until then the kernel gives out the filesystem that was stopped.
+
     :ivar root: where it is mounted.
     """
 
     def __init__(self, directory: Path, kind: str) -> None:
         self.root = directory / "mounted"
-        self.image = directory / "image"
+        self._image = directory / "image"
         self._saved = directory / "image.saved"
         self._make, self._options, self._size = KINDS[kind]
         self._mounted = False
+        self._copies = 0
 
     def make(self) -> Self:
         """Make the filesystem and mount it.
@@ -58,26 +62,28 @@ class LossyDisk:
         :raises OSError: that is not possible here.
         """
         self.root.mkdir(parents=True)
-        with self.image.open("wb") as file:
+        with self._image.open("wb") as file:
             file.truncate(self._size * 1024 * 1024)
-        failure = _run(*self._make, self.image)
+        failure = _run(*self._make, self._image)
         if failure:
             raise OSError(failure)
-        self.mount()
+        self._mount(self._image)
         return self
 
-    def mount(self) -> None:
-        """Mount it, which replays its journal.
-
-        :raises OSError: that is not possible here.
-        """
-        failure = _run("mount", "-o", ",".join(filter(None, ["loop", self._options])), self.image, self.root)
+    def _mount(self, image: Path) -> None:
+        """Mount a copy of an image, which replays its journal."""
+        self._copies += 1
+        fresh = self._image.with_name(f"image.{self._copies}")
+        failure = _run("cp", "--sparse=always", image, fresh)
+        failure = failure or _run("mount", "-o", ",".join(filter(None, ["loop", self._options])), fresh, self.root)
         if failure:
             raise OSError(failure)
+        self._image.unlink()
+        self._image = fresh
         self._mounted = True
 
     def cut(self, *, journal: bool) -> None:
-        """Cut the power: what is not on the device by now is lost.
+        """Cut the power, and mount it again: what is not on the device by now is lost.
 
         :param journal: names may be kept whose bytes are lost.
         :raises OSError: this filesystem cannot be stopped.
@@ -88,30 +94,34 @@ class LossyDisk:
         finally:
             os.close(fd)
         self.unmount()
+        self._mount(self._image)
 
     def unmount(self) -> None:
         """Take it away; nothing happens where it is not mounted."""
         if self._mounted:
-            failure = _run("umount", self.root)
-            assert not failure, failure
             self._mounted = False
+            failure = _run("umount", self.root)
+            if failure:
+                _run("umount", "--lazy", self.root)  # nothing stays behind, whatever comes of the test
+            assert not failure, failure
 
     def save(self) -> None:
         """Remember the state that it has now, all of it written."""
         self.unmount()
-        self._copy(self.image, self._saved)
-        self.mount()
+        failure = _run("cp", "--sparse=always", self._image, self._saved)
+        assert not failure, failure
+        self._mount(self._image)
+
+    def remove(self) -> None:
+        """Give it back."""
+        self.unmount()
+        self._image.unlink(missing_ok=True)
+        self._saved.unlink(missing_ok=True)
 
     def restore(self) -> None:
         """Go back to what was remembered."""
         self.unmount()
-        self._copy(self._saved, self.image)
-        self.mount()
-
-    @staticmethod
-    def _copy(source: Path, target: Path) -> None:
-        failure = _run("cp", "--sparse=always", source, target)
-        assert not failure, failure
+        self._mount(self._saved)
 
 
 @cache
@@ -127,9 +137,8 @@ def why_not(kind: str) -> str:
         try:
             disk.make()
             disk.cut(journal=False)
-            disk.mount()
         except OSError as exc:
             return f"{kind}: {exc}"
         finally:
-            disk.unmount()
+            disk.remove()
     return ""

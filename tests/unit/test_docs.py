@@ -42,6 +42,7 @@ from syncd.settings import _LATER_KEYS, EmbeddedSettings, Settings, _unwrapped, 
 from syncd.store import mapping, wire
 from syncd.store.base import EMPTY, BucketSpec, ObjectInfo, Stored
 from syncd.store.bucket import new_stream
+from syncd.trust import SIGNATURES
 from tests.support.server import NatsServer, free_port, nats_server_binary
 
 if TYPE_CHECKING:
@@ -465,7 +466,7 @@ def test_operations_md_lists_every_log_event_and_no_other() -> None:
 
 
 CODE_CALLS = {"Problem", "PathRefused", "_problem", "_note_remote_problem", "_BlockedError", "tell"}
-CODE = re.compile(r"[a-z0-9]+(_[a-z0-9]+)+|drift|unreadable|refused|busy|missing")
+CODE = re.compile(r"[a-z0-9]+(_[a-z0-9]+)+|drift|unreadable|refused|busy|missing|stale")
 
 
 def problem_codes() -> set[str]:
@@ -565,8 +566,13 @@ def test_the_examples_in_format_md_are_what_syncd_reads() -> None:
 def test_format_md_names_all_metadata_keys_and_stream_fields() -> None:
     """The constants of mapping.py, and what a new stream is created with."""
     text = FORMAT.read_text()
-    told = {code(row[0])[0] for row in table(FORMAT, "Metadata of an object") if row[0].startswith("`")}
-    assert told == {
+    told = {
+        word
+        for heading in ("Metadata of an object", "Generation object")
+        for row in table(FORMAT, heading)
+        for word in code(row[0])
+    }
+    assert told == {SIGNATURES} | {
         value for name, value in vars(mapping).items() if name.isupper() and str(value).startswith("syncd-")
     }
     spec = BucketSpec(description="d", compression=True, placement_cluster="c", ttl_seconds=1.0)
@@ -718,9 +724,11 @@ VOLATILE = (
     (re.compile(r"\bAGO (\d+|-) (?=\d+ \d+ )"), "AGO N "),
     (re.compile(r"^(\S+: generation .*?)[\d.]+ ([KMG]i)?B (uploaded|downloaded)\b"), r"\1SIZE \3"),
     (re.compile(r"^(\S+: )[\d.]+ ([KMG]i)?B before\b"), r"\1SIZE before"),
+    (re.compile(r"\bU[A-Z2-7]{55}\b"), "KEY"),
+    (re.compile(r"\b[\w.-]+@(?=[a-z])"), "WHO@"),
 )
-"""What no two runs share: times, digests over times, sizes of what is compressed with digests, and into how many
-generations a daemon puts what a shell wrote."""
+"""What no two runs share: times, digests over times, sizes of what is compressed with digests, into how many
+generations a daemon puts what a shell wrote, keys, and who runs it."""
 
 
 def normal(line: str) -> str:
