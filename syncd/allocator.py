@@ -15,9 +15,9 @@ _M_TOP_PAD: Final = -2
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 
-KEPT_BYTES: Final = 64 * 1024 * 1024
+KEPT_BYTES: Final = 32 * 1024 * 1024
 """What stays free at the end of the heap; the windows of the transfers together are smaller."""
-_STEP_BYTES: Final = 16 * 1024 * 1024
+_STEP_BYTES: Final = 8 * 1024 * 1024
 _LARGEST_BYTES: Final = 32 * 1024 * 1024
 """glibc's own maximum."""
 _ARENAS: Final = 2

@@ -46,7 +46,7 @@ from syncd.signatures import (
     signers,
 )
 from syncd.store.base import CHANNELS, CHUNK_SIZE, HEAD, BadMeta, Link, ObjectMeta, SmallPut, Stored
-from syncd.store.mapping import KIND
+from syncd.store.mapping import KEY_SET, KIND
 from syncd.trees import TreeReader, generation_name, number_of
 from syncd.trust import (
     MAX_KEYS,
@@ -74,8 +74,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-KEY_SET: Final = "keys"
-"""The ``syncd-kind`` of key sets."""
 MAX_KEY_SETS: Final = 1000
 """Key sets that are looked at: whoever may write to the bucket could make any number."""
 WALK_AT_ONCE: Final = 64

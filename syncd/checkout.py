@@ -260,7 +260,8 @@ class Checkout:
         reader = TreeReader(self._bucket)
         self.held = None
         if self.explicit:
-            return await self._numbered(reader, self.explicit)
+            numbered = await self._numbered(reader, self.explicit)
+            return await self._unless_refused(reader, numbered) if numbered is not None else None
         commit = await reader.channel(self._channel)
         for wait in STALE_TRIES:
             if commit is not None and commit.seq >= hinted:
@@ -283,8 +284,10 @@ class Checkout:
             self._log.warning("bucket_replaced", bucket=self._bucket.name)
         return await self._allowed(reader, commit)
 
-    async def _numbered(self, reader: TreeReader, number: int) -> Commit:
+    async def _numbered(self, reader: TreeReader, number: int) -> Commit | None:
         commit = await reader.generation(number)
+        if commit is None and self._target.number == number:
+            return None  # collected meanwhile: what is here stays, and is kept as it must be
         if commit is None:
             raise ObjectGone(
                 f"generation {number} of {self._bucket.name!r} does not exist (any more)",
@@ -302,23 +305,33 @@ class Checkout:
             await self._guard.judge(commit)
         except Untrusted as error:
             self.held = error
-        else:
-            reason = self._standing.refused(commit.digest)
-            if not reason:
-                return commit
-            self.held = Held(
-                f"generation {commit.generation.number} of {self._bucket.name!r} is held back: {reason}",
-                hint=f"publish a newer one, or have it tried again: syncd allow {self._bucket.name}",
-            )
-        self.problems.note(Problem("", "generation_held", self.held.message))
+            return await self._stay(reader, error)
+        return await self._unless_refused(reader, commit)
+
+    async def _unless_refused(self, reader: TreeReader, commit: Commit) -> Commit | None:
+        reason = self._standing.refused(commit.digest)
+        if not reason:
+            return commit
+        self.held = Held(
+            f"generation {commit.generation.number} of {self._bucket.name!r} is held back: {reason}",
+            hint=f"publish a newer one, or have it tried again: syncd allow {self._bucket.name}",
+        )
+        return await self._stay(reader, self.held)
+
+    async def _stay(self, reader: TreeReader, held: SyncdError) -> Commit | None:
+        """Return the generation to be at instead; ``None`` where that is what the index describes.
+
+        :raises Untrusted, Held: there is none.
+        """
+        self.problems.note(Problem("", "generation_held", held.message))
         number, record = self._standing.at
         if not number:
-            raise self.held
+            raise held
         if self._target.record == record:
             return None
         before = await reader.generation(number)
         if before is None or before.digest != record:
-            raise self.held  # what was applied cannot be read any more, and what is announced shall not be applied
+            raise held  # what was applied cannot be read any more, and what is announced shall not be applied
         return before
 
     async def overtaken(self, hinted: int) -> bool:
@@ -448,9 +461,7 @@ class Checkout:
                 if not path or len(name) * 4 > room:  # the node has checked the name by itself
                     check_path(full)
                 if modes is not None:
-                    kept = modes.apply(Entry(kind, mode, mtime_ns)).mode
-                    count.left_out = count.left_out or kept != mode
-                    mode = kept  # noqa: PLW2901
+                    mode = modes.apply(Entry(kind, mode, mtime_ns)).mode  # noqa: PLW2901
                 if kind is _DIR:
                     count.add(0, 0)
                     takes = rules.takes(full, is_dir=True)
@@ -536,6 +547,10 @@ class Checkout:
         if self._index.note(APPLYING) != str(self._target.number):
             self._index.set_note(APPLYING, str(self._target.number))
         crash_point("before_first_page")
+
+    def give_up_apply(self) -> None:
+        """What was applied in part is not there any more. Blocking."""
+        self._index.set_note(APPLYING, "")
 
     def end_apply(self, *, complete: bool, exact: bool) -> Applied:
         """Remember what the mirror has, and let go of what was staged. Blocking.

@@ -24,7 +24,7 @@ from syncd.errors import FolderTaken, SafetyHalt, StoreFull, WriteConflict
 from syncd.index import LocalRow, RemoteRow
 from syncd.index.blobs import UNSETTLED, Blobs
 from syncd.model import Entry, Kind
-from syncd.moves import MAX_NEXT_COUNT, generation_signature, move_metadata, read_move, time_text
+from syncd.moves import MAX_NEXT_COUNT, generation_signature, is_signed_by, move_metadata, read_move, time_text
 from syncd.nodes import NOTE_MAX, Generation, Node, NodeRef, Where, digest_of, encode_record
 from syncd.outlet import Claim, DeletionGuard, PublishOptions, PushResult, Wish
 from syncd.paths import printable
@@ -162,6 +162,9 @@ class Committer:
             return
         move = read_move(pointed.move)
         now = self._clock()
+        if not is_signed_by(pointed, self._options.signer):
+            self._log.warning("head_not_renewed", reason="its move is not signed by this publisher's key")
+            return
         if move is not None and not is_expired(move.expires, now, slack=-self._options.expire_seconds / 2):
             return
         generation = pointed.generation

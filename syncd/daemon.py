@@ -128,6 +128,7 @@ async def _reload(daemon: _Daemon, config: Path | None, environ: Mapping[str, st
     try:
         settings = await asyncio.to_thread(load, config, environ)
         _check(settings)
+        await asyncio.to_thread(_wanted, settings)  # reads keys
     except ConfigError as error:
         log.error("config_refused", error=error.message, problems=list(error.problems))
         return
@@ -192,7 +193,7 @@ class _Daemon:
             self._connection = Connection(connection_options(settings))
             await self._connection.start()
             self._store = NatsStore(self._connection)
-        wanted = self._wanted()
+        wanted = _wanted(self._settings)
         await self._stop_folders([key for key, folder in self.folders.items() if wanted.get(key) != folder.options])
         for key in self._board.keys() - wanted.keys():
             self._board.forget(key)
@@ -221,18 +222,8 @@ class _Daemon:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    def _wanted(self) -> dict[str, PublishOptions | SubscribeOptions]:
-        wanted: dict[str, PublishOptions | SubscribeOptions] = {}
-        for source in self._settings.publish:
-            wanted[FolderStatus("publish", source.folder, str(source.path)).key] = publish_options(
-                self._settings, source
-            )
-        for mirror in self._settings.subscribe:
-            wanted[FolderStatus("subscribe", mirror.folder, str(mirror.path)).key] = subscribe_options(mirror)
-        return wanted
-
     def _start_folders(self) -> None:
-        for key, options in self._wanted().items():
+        for key, options in _wanted(self._settings).items():
             if key not in self.folders:
                 role: Role = "subscribe" if isinstance(options, SubscribeOptions) else "publish"
                 first = FolderStatus(role, options.folder, str(options.path))
@@ -282,6 +273,20 @@ class _Daemon:
             await subscriber.run()
         else:
             await Publisher(options, self._store, index_file, status=status, allowance=allowance).run()
+
+
+def _wanted(settings: Settings) -> dict[str, PublishOptions | SubscribeOptions]:
+    """Return what is to run, by its status's key. Blocking, briefly.
+
+    :raises ConfigError: a signing key cannot be read.
+    """
+    wanted: dict[str, PublishOptions | SubscribeOptions] = {}
+    for source in settings.publish:
+        key = FolderStatus("publish", source.folder, str(source.path)).key
+        wanted[key] = publish_options(settings, source)
+    for mirror in settings.subscribe:
+        wanted[FolderStatus("subscribe", mirror.folder, str(mirror.path)).key] = subscribe_options(mirror)
+    return wanted
 
 
 class _Board:

@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from syncd.errors import SyncdError
-from syncd.signatures import encode_signatures
+from syncd.signatures import decode_signatures, encode_signatures, signers
 from syncd.trust import MAX_COUNT, MOVE, SIGNATURES, Move, Statement, decode_move, encode_move, statement_of
 
 if TYPE_CHECKING:
     from syncd.signatures import Signer
+    from syncd.trees import Commit
 
 MAX_NEXT_COUNT: Final = MAX_COUNT // 2
 """No honest channel gets here: a forged count must not leave us without a next one."""
@@ -41,6 +42,21 @@ def move_metadata(move: Move, signer: Signer | None) -> dict[str, str]:
 def generation_signature(record: bytes, signer: Signer | None) -> dict[str, str]:
     """Return what a generation object's metadata says of who signed its record."""
     return _signed(Statement.GENERATION, record, signer)
+
+
+def is_signed_by(commit: Commit, signer: Signer | None) -> bool:
+    """Tell whether a signer made the move that led to a generation, and signed that; without one: yes."""
+    if signer is None:
+        return True
+    keys = {signer.public}
+    pairs = (
+        (Statement.MOVE, commit.move.encode("utf-8", "surrogatepass"), commit.move_signatures),
+        (Statement.GENERATION, commit.record, commit.signatures),
+    )
+    try:
+        return all(signers(statement_of(kind, data), decode_signatures(text), keys) for kind, data, text in pairs)
+    except SyncdError:
+        return False
 
 
 def _signed(kind: Statement, data: bytes, signer: Signer | None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from syncd.model import MODE_BITS, Entry, Kind
 from syncd.paths import MAX_COMPONENT_BYTES, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 FORMAT: Final = 1
 """The version of everything here, and of ``syncd.format`` in the stream's metadata."""
@@ -63,6 +63,13 @@ _SIZE_AT: Final = slice(13, 21)
 _DOTS: Final = frozenset({b".", b".."})
 _HEX = re.compile(r"[0-9a-f]{64}")
 
+_PLACE = struct.Struct("<BIII")
+"""A child's place while a node is written: how it is stored, the number of the blob, the offset in it, and of a
+directory the length of its node."""
+_DIRECTORY: Final = 0x80
+_ITS_OWN: Final = 0xFFFFFFFF
+"""In place of a blob's number: the blob is the content itself."""
+
 _BLOB, _RECIPE, _SLICED, _BESIDE = range(4)
 _TAG: Final = tuple(bytes([tag]) for tag in range(4))
 
@@ -97,7 +104,23 @@ EMPTY_LOCATION: Final = Location(Where.EMPTY)
 _KIND_FILE, _KIND_DIR, _KIND_SYMLINK = Kind.FILE, Kind.DIR, Kind.SYMLINK
 _EMPTY, _IN_BLOB, _IN_RECIPE, _IN_PACK = Where.EMPTY, Where.BLOB, Where.RECIPE, Where.PACK
 BESIDE: Final = ""
-"""As the ``blob`` of a pack location handed to :func:`encode_node`: the same pack that the node itself goes to."""
+"""As the ``blob`` of a pack location in a node that is written: the same pack that the node itself goes to."""
+_OWN_BLOB: Final = _PLACE.pack(_IN_BLOB, _ITS_OWN, 0, 0)
+
+
+class InPack(NamedTuple):
+    """A place in a pack that is not closed yet, and so has no digest.
+
+    :ivar blob: a number that stands for it.
+    """
+
+    blob: int
+    offset: int
+
+    @property
+    def where(self) -> Where:
+        """How the content is stored, as in :class:`Location`."""
+        return _IN_PACK
 
 
 class Child(NamedTuple):
@@ -161,6 +184,85 @@ def node_bound(children: int, identity_bytes: int) -> int:
     return _NODE_HEAD.size + identity_bytes + children * (2 * DIGEST_BYTES + 16)
 
 
+class NodeWriter:
+    """A directory's stored node in the making.
+
+    It keeps bytes, not objects: a directory may have a million children.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._identities = bytearray()
+        self._digest = blake3()
+        self._places = bytearray()
+        self._blobs: dict[str | int, int] = {}
+
+    @property
+    def tree(self) -> str:
+        """The tree digest of the children so far."""
+        return self._digest.hexdigest()
+
+    @property
+    def bound(self) -> int:
+        """An upper bound of the stored node's length, whatever its locations turn out to be."""
+        return node_bound(self.count, len(self._identities))
+
+    def add(self, one: bytes, kind: Kind, place: Location | InPack, length: int) -> None:
+        """Add the next child by the bytes of its name.
+
+        :param one: its identity.
+        :param length: of a directory's stored node.
+        :raises ValueError: readers would refuse its location.
+        """
+        where = place.where
+        if where is _EMPTY or kind is _KIND_SYMLINK:
+            if kind is _KIND_DIR or (kind is _KIND_FILE and one[_SIZE_AT] != _NO_SIZE):
+                raise ValueError("a child without a location")
+        elif kind is _KIND_DIR:
+            self._put(_DIRECTORY | where, place.blob, place.offset, length)
+        elif one[_SIZE_AT] == _NO_SIZE:
+            raise ValueError("an empty file with a location")
+        elif where is _IN_BLOB:
+            self._places += _OWN_BLOB
+        else:
+            self._put(where, place.blob, place.offset, 0)
+        self.count += 1
+        self._identities += one
+        self._digest.update(one)
+
+    def _put(self, where: int, blob: str | int, offset: int, length: int) -> None:
+        number = self._blobs.setdefault(blob, len(self._blobs))
+        self._places += _PLACE.pack(where, number, offset, length)
+
+    def finish(self, pack: Callable[[int], str] = str) -> bytes:
+        """Return the stored node.
+
+        :param pack: returns the digest of a pack that was not closed when a child was added; BESIDE for the one that
+            the node itself goes to.
+        :raises ValueError: more than a node may hold.
+        """
+        blobs = [blob if isinstance(blob, str) else pack(blob) for blob in self._blobs]
+        packs: dict[str, int] = {}
+        places = bytearray()
+        for where, number, offset, length in _PLACE.iter_unpack(self._places):
+            form = where & ~_DIRECTORY
+            if form != _IN_PACK:
+                places += _TAG[_RECIPE] if form == _IN_RECIPE else _TAG[_BLOB]
+                if number != _ITS_OWN:
+                    places += bytes.fromhex(blobs[number])
+            elif blobs[number] == BESIDE:
+                places += _TAGGED_OFFSET.pack(_BESIDE, offset)
+            else:
+                places += _TAGGED_SLICE.pack(_SLICED, packs.setdefault(blobs[number], len(packs)), offset)
+            if where & _DIRECTORY:
+                places += _U32.pack(length)
+        head = _NODE_HEAD.pack(FORMAT, self.count, len(self._identities), len(packs))
+        size = len(head) + len(packs) * DIGEST_BYTES + len(self._identities) + len(places)
+        if self.count > MAX_CHILDREN or size > NODE_MAX:
+            raise ValueError(f"{self.count} children in {size} bytes are too much for a directory node")
+        return b"".join((head, *map(bytes.fromhex, packs), self._identities, places))
+
+
 def encode_node(identities: Sequence[bytes], stored: Sequence[tuple[Kind, Location, int]]) -> bytes:
     """Return the stored node of a directory.
 
@@ -168,36 +270,10 @@ def encode_node(identities: Sequence[bytes], stored: Sequence[tuple[Kind, Locati
     :param stored: kind, location and (directories) stored length of the same children, in the same order.
     :raises ValueError: more than a node may hold, or a location that readers would refuse.
     """
-    packs: dict[str, int] = {}
-    places: list[bytes] = []
+    node = NodeWriter()
     for one, (kind, location, length) in zip(identities, stored, strict=True):
-        where = location.where
-        if where is _EMPTY or kind is _KIND_SYMLINK:
-            if kind is _KIND_DIR or (kind is _KIND_FILE and one[_SIZE_AT] != _NO_SIZE):
-                raise ValueError("a child without a location")
-            continue
-        if where is _IN_PACK:
-            if location.blob == BESIDE:
-                places.append(_TAGGED_OFFSET.pack(_BESIDE, location.offset))
-            else:
-                number = packs.setdefault(location.blob, len(packs))
-                places.append(_TAGGED_SLICE.pack(_SLICED, number, location.offset))
-        elif where is _IN_RECIPE:
-            places.append(_TAG[_RECIPE] + bytes.fromhex(location.blob))
-        elif kind is _KIND_DIR:
-            places.append(_TAG[_BLOB] + bytes.fromhex(location.blob))
-        else:
-            places.append(_TAG[_BLOB])
-        if kind is _KIND_DIR:
-            places.append(_U32.pack(length))
-        elif one[_SIZE_AT] == _NO_SIZE:
-            raise ValueError("an empty file with a location")
-    body = b"".join(identities)
-    head = _NODE_HEAD.pack(FORMAT, len(identities), len(body), len(packs))
-    node = b"".join([head, *map(bytes.fromhex, packs), body, *places])
-    if len(identities) > MAX_CHILDREN or len(node) > NODE_MAX:
-        raise ValueError(f"{len(identities)} children in {len(node)} bytes are too much for a directory node")
-    return node
+        node.add(one, kind, location, length)
+    return node.finish()
 
 
 Row = tuple[str, Kind, int, int, int, str, str, Where, str, int, int]

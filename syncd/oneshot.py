@@ -159,6 +159,8 @@ async def pull(
     state = StateDir(settings.daemon.state_dir)
     state.prepare()
     index_file = state.index_file("subscribe", folder, directory)
+    if item is not None:
+        generation = generation or state.pin(folder).number()
     async with open_store(settings) as (store, _):
         if generation:
             await (await History.open(store.bucket(folder))).commit(generation)  # in plain words, before anything else

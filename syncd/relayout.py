@@ -7,7 +7,8 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from syncd.store.base import CHANNELS, GENERATIONS, NUID_PREFIX, BadMeta
-from syncd.store.mapping import GENERATION, KIND, PUBLISHER
+from syncd.store.mapping import GENERATION, KEY_SET, KIND, PUBLISHER
+from syncd.trust import KEYS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,12 +33,16 @@ def is_history(info: ObjectInfo) -> bool:
     return info.name.startswith(CHANNELS) and link is not None and (link.name or "").startswith(GENERATIONS)
 
 
+def _is_key_set(info: ObjectInfo) -> bool:
+    return info.name.startswith(KEYS) and info.metadata.get(KIND) == KEY_SET
+
+
 async def drop_generations(bucket: Bucket) -> None:
     """Remove channels, generations and blobs, then mark the bucket as of the objects layout.
 
     Channels go first: a subscriber that finds none waits, and takes nothing for deleted.
     """
-    found = [info async for info in _live(bucket) if is_history(info)]
+    found = [info async for info in _live(bucket) if is_history(info) or _is_key_set(info)]
     found.sort(key=lambda info: info.name)  # channels/ before generations/
     await _delete(bucket, found)
     await bucket.set_layout("objects")

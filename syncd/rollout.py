@@ -126,8 +126,10 @@ class Rollout:
         return target.record != self._standing.record and not same
 
     def is_current(self) -> bool:
-        """Tell whether the current release is already the one to go to: it was kept. Blocking."""
-        return self._checkout.applied().record == self._checkout.target.record
+        """Tell whether the current release is the one to be at, or has the very tree of it. Blocking."""
+        if not self._mirror.release or self._releases.loaded() != self._mirror.release:
+            return False
+        return self._checkout.applied().record == self._checkout.target.record or not self.moving()
 
     # -- at the start ------------------------------------------------------------------------------------------------
 
@@ -139,6 +141,9 @@ class Rollout:
         if not self.is_release:
             return
         current = self._mirror.current()
+        known = self._releases.loaded()
+        if not current and known in self._mirror.releases():
+            current = known  # somebody removed the link; what it named is still whole
         if current != self._mirror.release:
             self._mirror.switch(current)
         if current and self._releases.loaded() != current:

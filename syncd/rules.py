@@ -179,6 +179,15 @@ class Rules:
         self._dirs: dict[str, tuple[bool, bool]] = {"": (False, not self._include)}
         self.fingerprint = json.dumps([list(include), list(exclude)]) if include or exclude else ""
 
+    def __eq__(self, other: object) -> bool:
+        """Tell whether two take the same part of every tree (a reload asks this of configured ones)."""
+        if not isinstance(other, Rules):
+            return NotImplemented
+        return (self.fingerprint, self._lists) == (other.fingerprint, other._lists)
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
     def with_ignore_file(self, directory: str, text: str, *, skipped: list[str] | None = None) -> Rules:
         """Return rules that also obey a ``.syncdignore`` in ``directory`` ("" is the root).
 

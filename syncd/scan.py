@@ -31,11 +31,11 @@ from syncd.paths import check_path, is_private, printable
 from syncd.rules import IGNORE_FILE, Rules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
 
-    Known = Callable[[str], dict[str, LocalRow]]
+    Known = Callable[[str], Iterable[LocalRow]]
 
 RACY_NS = 10_000_000
 """Linux stamps files with a clock that ticks every 1 to 10 ms (CONFIG_HZ): within a tick a change leaves no trace."""
@@ -78,6 +78,28 @@ class Unreadable(DiskProblem):
     """One file cannot be read; others may."""
 
 
+class _Known:
+    """The index's rows of one directory's children, asked for in the order of their names.
+
+    Both sides are sorted by the bytes of the names, which for UTF-8 is the order of ``str``; so they are merged, and
+    no more than a page of rows is in memory.
+    """
+
+    __slots__ = ("_here", "_rows")
+
+    def __init__(self, rows: Iterable[LocalRow]) -> None:
+        self._rows = iter(rows)
+        self._here = next(self._rows, None)
+
+    def row(self, path: str) -> LocalRow | None:
+        """Return a child's row; no path may come before the one asked for last."""
+        here = self._here
+        while here is not None and here.path < path:
+            here = next(self._rows, None)
+        self._here = here
+        return here if here is not None and here.path == path else None
+
+
 @dataclass(slots=True)
 class _Frame:
     """One directory on the way down."""
@@ -86,7 +108,7 @@ class _Frame:
     path: str
     rules: Rules
     names: Iterator[str]
-    known: dict[str, LocalRow]
+    known: _Known
     ignore_problem: Problem | None
     pending: Found | None = None  # needed only as a parent: told when something below is
 
@@ -281,7 +303,8 @@ class Scanner:
         ``Vanished(below)`` says that no such directory takes part. Close the iterator to free its
         descriptors (one per level).
 
-        :param known: returns the index's rows of one directory's children by base name.
+        :param known: gives the index's rows of one directory's children in component order. It is read while the scan
+            goes on; rows may be written meanwhile if it allows that.
         :raises DiskProblem: the root cannot be read, or descriptors or memory ran out.
         """
         try:
@@ -321,7 +344,7 @@ class Scanner:
             problem = None
             if IGNORE_FILE in names:
                 rules, problem = self._with_ignore_file(fd, path, rules)
-            return _Frame(fd, path, rules, iter(names), known(path), problem)
+            return _Frame(fd, path, rules, iter(names), _Known(known(path)), problem)
         except BaseException:
             os.close(fd)
             raise
@@ -374,7 +397,7 @@ class Scanner:
                 if rules.may_descend(path):
                     yield _Directory(name, path)
             elif rules.takes(path, is_dir=False):
-                item = self._judge(fd, name, path, st, known.get(name))
+                item = self._judge(fd, name, path, st, known.row(path))
                 if item is not None:
                     yield item
             if name == IGNORE_FILE and frame.ignore_problem is not None:
@@ -429,7 +452,7 @@ class Scanner:
         try:
             fd = self._open_dir(frame.fd, directory.name, path, frame.rules)
             # Of the descriptor: the name may have been given to another directory since the stat.
-            found = _found(_dir_row(path, os.fstat(fd)), frame.known.get(directory.name))
+            found = _found(_dir_row(path, os.fstat(fd)), frame.known.row(path))
             child = self._enter(fd, path, frame.rules, known)
         except FileNotFoundError:
             return None, Vanished(path)
@@ -487,7 +510,7 @@ class Scanner:
         if rules.takes(path, is_dir=True):
             return found
         # Perhaps it is needed as the parent of something: then a scan tells so.
-        with contextlib.closing(self.scan(path, lambda _: {})) as inside:
+        with contextlib.closing(self.scan(path, lambda _: ())) as inside:
             return found if any(isinstance(item, Found) for item in inside) else None
 
     # -- content ---------------------------------------------------------------------------------------

@@ -75,6 +75,12 @@ class Signer:
     def __repr__(self) -> str:
         return f"Signer({self.public})"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Signer) and other.public == self.public
+
+    def __hash__(self) -> int:
+        return hash(self.public)
+
     def sign(self, statement: bytes) -> Signature:
         """Return the signature over a statement; the same statement has the same one always."""
         return Signature(self.public, self._key.sign(statement).signature)

@@ -54,7 +54,7 @@ class Source:
         self.problems.begin()
         scan = self._index.next_scan()
         with self._index.transaction():
-            self._take(self.scanner.scan("", self._index.local_children), scan, set())
+            self._take(self.scanner.scan("", self._index.local_children), scan, None)
             self._index.drop_unseen(scan)
 
     def look(self, paths: Collection[str]) -> set[str]:
@@ -95,9 +95,9 @@ class Source:
         self,
         found: Iterator[Found | Problem | Vanished],
         scan: int,
-        touched: set[str],
+        touched: set[str] | None,
     ) -> None:
-        """Write what a scan yields into the index, marked with ``scan``; add changed paths to ``touched``."""
+        """Write what a scan yields into the index, marked with ``scan``; add changed paths to ``touched`` if given."""
         seen: list[str] = []
         rows: list[LocalRow] = []
         for item in found:
@@ -111,7 +111,8 @@ class Source:
                     seen.append(item.row.path)
                 else:
                     rows.append(item.row)
-                    touched.add(item.row.path)
+                    if touched is not None:
+                        touched.add(item.row.path)
             if len(seen) + len(rows) >= FLUSH_ROWS:
                 self._index.mark_seen(seen, scan)
                 self._index.put_local(rows, scan=scan)

@@ -400,6 +400,7 @@ class Subscriber:
         """
         if allowed and self._holding:
             await self._thread.run(self._standing.forget_refusals)
+            await asyncio.to_thread(self._allowance.clear)  # one word, one more try
             allowed, full = False, True
         self._checkout.explicit = self._pin() or self._options.pin
         self._holding = False
@@ -500,6 +501,11 @@ class Subscriber:
         """
         if self._layout is None or full or "syncd.layout" in state.metadata or state.created != self._layout_of:
             layout = await layout_of(self._bucket, state)
+            if layout == "objects" and self._options.trust is not None:
+                raise Untrusted(
+                    f"folder {self._options.folder!r} has the objects layout, where nothing is signed",
+                    hint='publish it with layout = "generations" and sign_seed_file, or remove trusted_keys',
+                )
             remembered = await self._thread.run(lambda: self._index.note(LAYOUT))
             before = self._layout or remembered
             if before and before != layout:
@@ -564,7 +570,7 @@ class Subscriber:
         moving = await self._thread.run(self._rollout.moving)
         if moving and self._standing.refused(self._checkout.target.record):
             return  # what is announced is not gone to, and what is here cannot be read any more: it stays
-        if moving and self._rollout.is_release and not await self._thread.run(self._rollout.is_current):
+        if self._rollout.is_release and not await self._thread.run(self._rollout.is_current):
             before = await self._thread.run(self._index.count_local)
             await self._rollout.release(self._changes(touched), self._drift.problems)
             result.placed += max(0, await self._thread.run(self._index.count_local) - before)
@@ -604,6 +610,9 @@ class Subscriber:
         """
         interrupted = await self._thread.run(lambda: self._checkout.interrupted)
         try:
+            if interrupted and self._rollout.is_release and not self._mirror.release:
+                await self._thread.run(self._checkout.give_up_apply)  # what it was applied to is gone
+                return True
             if interrupted:
                 self._layout = "generations"
                 self._log.info("generation_rolled_forward")

@@ -12,6 +12,7 @@ import asyncio
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import TYPE_CHECKING, Final, Literal
 
 from syncd.errors import FormatTooNew, ObjectCorrupt, ObjectGone, SyncdError
@@ -184,16 +185,24 @@ class TreeReader:
         if ref.length > NODE_MAX:
             raise ObjectCorrupt(f"a directory node of {ref.length} bytes")
         if ref.location.where is Where.RECIPE:
-            parts: list[bytes] = []
-            pieces = [piece async for piece in self.pieces(ref.location.blob, ref.length)]
-            for start in range(0, len(pieces), FETCH_AT_ONCE):
-                some = pieces[start : start + FETCH_AT_ONCE]
-                blobs = await self.blobs({piece.digest for piece in some}, keep=self._cache)
-                parts.extend(_sized(blobs[piece.digest], piece.length) for piece in some)
-            return await asyncio.to_thread(lambda: Node(b"".join(parts), ref.tree))
+            return await self._large_node(ref)
         blob = await self._kept_blob(ref.location.blob)
         pack = ref.location.blob if ref.location.where is Where.PACK else ""
         return Node(cut(blob, ref.location, ref.length), ref.tree, pack=pack)
+
+    async def _large_node(self, ref: NodeRef) -> Node:
+        pieces = [piece async for piece in self.pieces(ref.location.blob, ref.length)]
+        data = BytesIO()
+        # Room for all at once, and no copy at the end: a buffer that grows is moved, and its old places stay resident.
+        data.seek(ref.length - 1)
+        data.write(b"\0")
+        data.seek(0)
+        for start in range(0, len(pieces), FETCH_AT_ONCE):
+            some = pieces[start : start + FETCH_AT_ONCE]
+            blobs = await self.blobs({piece.digest for piece in some}, keep=self._cache)
+            data.writelines(_sized(blobs[piece.digest], piece.length) for piece in some)
+            del blobs
+        return await asyncio.to_thread(lambda: Node(data.getvalue(), ref.tree))
 
     # -- contents ----------------------------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ SELECT want.key AS at, {_BOTH} FROM want
 _KINDS = (Kind.FILE, Kind.DIR, Kind.SYMLINK)
 _KIND_NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
 _DIGEST_CHARS = 64
+_FIRST_CHILDREN = 64
+"""Children of a directory read at first, then twice as many: a scan keeps such a page for each level it is in."""
 _SIGNED_64 = 1 << 63
 
 
@@ -226,32 +228,46 @@ class Index(Database):
         """Remove a path's row and everything below it; "" removes all."""
         self.run("DELETE FROM local WHERE key >= ? AND key < ?", key_range(path))
 
-    def local_children(self, path: str) -> dict[str, LocalRow]:
-        """Return a directory's direct children by base name, in component order; "" is the root.
+    def local_children(self, path: str) -> Iterator[LocalRow]:
+        """Yield a directory's direct children in component order; "" is the root. Rows may be written meanwhile.
 
         Costs the children and one seek per child that has descendants, however many those are.
         """
         prefix = sort_key(path) + b"\0" if path else b""
         end = prefix[:-1] + b"\x01" if path else FOREVER
-        sql = f"SELECT {columns(_LOCAL)} FROM local WHERE key >= ? AND key < ? ORDER BY key"  # noqa: S608
-        children: dict[str, LocalRow] = {}
         start: bytes | None = prefix
-        skip = len(prefix)
+        size = _FIRST_CHILDREN
+        while start is not None:
+            page, start = self._children_page(start, end, len(prefix), size)
+            yield from map(_local, page)
+            size = min(PAGE, 2 * size)
+
+    def _children_page(self, start: bytes, end: bytes, skip: int, size: int) -> tuple[list[Row], bytes | None]:
+        """Return the next direct children, and from where to go on; no cursor stays open.
+
+        :param skip: bytes of a key before the child's name.
+        """
+        page: list[Row] = []
+        sql = f"SELECT {columns(_LOCAL)} FROM local WHERE key >= ? AND key < ? ORDER BY key"  # noqa: S608
+        after: bytes | None = start
         try:
-            while start is not None:
-                cursor = self._db.execute(sql, (start, end))
-                start = None
+            while after is not None and len(page) < size:
+                cursor = self._db.execute(sql, (after, end))
+                after = None
                 for row in cursor:
                     key: bytes = row[0]
                     deeper = key.find(b"\0", skip)
                     if deeper >= 0:  # jump over the rest of this child's subtree
-                        start = key[:deeper] + b"\x01"
+                        after = key[:deeper] + b"\x01"
                         break
-                    children[key[skip:].decode()] = _local(row)
+                    page.append(row)
+                    if len(page) == size:
+                        after = key + b"\x01"
+                        break
                 cursor.close()
         except sqlite3.Error as exc:
             raise self._problem(exc) from exc
-        return children
+        return page, after
 
     def iter_local(self, below: str = "") -> Iterator[LocalRow]:
         """Yield the row of a path and all rows below it in component order; rows may be written meanwhile."""

@@ -34,6 +34,8 @@ ALLOWED = "syncd-allowed"
 
 GENERATION = "generation"
 """The kind of generation objects; the keys below repeat their records, for listings."""
+KEY_SET = "keys"
+"""The kind of key sets."""
 NUMBER = "syncd-number"
 TREE = "syncd-tree"
 CREATED = "syncd-created"

@@ -75,6 +75,7 @@ RUNS: list[tuple[str, Layout, Mode]] = [
 ]
 SHARE = math.ceil(KILLS / len(RUNS))
 NOWHERE = "nats://127.0.0.1:1"
+SCENES = 2
 MOST_PASSAGES = 80
 """Of one point in one round."""
 
@@ -126,6 +127,8 @@ class Bench:
         self.after: Tree = {}
         self.kills = 0
         self.hooked = False
+        self.number = 0
+        self.seconds = {"push": 0.1, "pull": 0.1}
 
     # what they do
 
@@ -228,13 +231,19 @@ class Bench:
 
     def synced(self) -> None:
         """Bring the mirror to the source."""
+        started = time.monotonic()
         self.number = self.ends(self.publish("push"))["generation"]
+        between = time.monotonic()
         self.ends(self.subscribe())
+        self.seconds = {"push": between - started, "pull": time.monotonic() - between}
         self.check_after()
         self.check_clean()
 
-    def kill_subscriber(self, crash: str, kill_after: float | None = None) -> bool:
-        """Once in a round, again in the next start; then without network it is whole, and with it as it must be."""
+    def kill_subscriber(self, crash: str, kill_after: float | None = None, *, goes_on: bool = False) -> bool:
+        """Once in a round, again in the next start; then without network it is whole, and with it as it must be.
+
+        :param goes_on: the source changes meanwhile: what was applied and not remembered is not wanted any more.
+        """
         self.next_scene()
         self.ends(self.publish("push"))
         killed = self.died(self.subscribe(crash=crash), kill_after)
@@ -242,13 +251,15 @@ class Bench:
         if killed:
             self.died(self.subscribe(crash=crash.partition(":")[0]), kill_after and kill_after / 2)
             self.check_between()
-            offline = self.subscribe(offline=True).wait()
-            assert offline.error == "Unavailable"
+        if killed and goes_on:
+            self.next_scene()
+        elif killed:
+            assert self.subscribe(offline=True).wait().error == "Unavailable"
             self.check_whole()
         self.synced()
         return killed
 
-    def kill_publisher(self, crash: str, kill_after: float | None = None) -> bool:
+    def kill_publisher(self, crash: str, kill_after: float | None = None, *, goes_on: bool = False) -> bool:
         """What it has sent is announced whole or not at all, in the generations layout; then it goes on."""
         self.next_scene()
         killed = self.died(self.publish("push", crash=crash), kill_after)
@@ -256,13 +267,13 @@ class Bench:
         self.check_between()
         if self.layout == "generations":
             self.check_whole()
-        if killed:
+        if killed and goes_on:
             (self.source / "while-dead").write_bytes(self.chance.randbytes(200_000))
             self.after = self.as_mirrored(snapshot(self.source))
         self.synced()
         return killed
 
-    def kill_collector(self, crash: str, kill_after: float | None = None) -> bool:
+    def kill_collector(self, crash: str, kill_after: float | None = None, *, goes_on: bool = False) -> bool:
         """Nothing goes that is needed: somebody new gets all of it."""
         for _ in range(2):
             self.next_scene()
@@ -273,18 +284,23 @@ class Bench:
         self.check_after(fresh)
         shutil.rmtree(fresh)
         Path(f"{fresh}.db").unlink()
+        if goes_on:
+            self.next_scene()
         self.synced()
         return killed
 
     def kill_everywhere(self, role: Role) -> None:
-        """At every passage of every point, as far as two scenes get to it."""
+        """At every passage of every point, as far as two scenes get to it; the first ones in both situations."""
         kill = getattr(self, f"kill_{role}")
         for point in points(role, self.layout, self.mode):
             self.hooked = point.hooked
             survived = passages = 0
-            while survived < 2 and passages + survived < MOST_PASSAGES:
-                if kill(f"{point.name}:{passages + 1}"):
+            while survived < SCENES and passages < MOST_PASSAGES:
+                crash = f"{point.name}:{passages + 1}"
+                if kill(crash, goes_on=bool(passages % 2)):
                     passages, survived = passages + 1, 0
+                    if passages == 1:
+                        kill(crash, goes_on=True)
                 else:
                     survived += 1
             print(f"{self.layout} {self.mode} {point.name}: {passages}")
@@ -292,9 +308,12 @@ class Bench:
         self.hooked = False
 
     def kill_at_random(self, roles: list[Role], wanted: int) -> None:
+        """At any moment of what takes about as long as it took last time, until there are as many as wanted."""
         while self.kills < wanted:
-            kill = getattr(self, f"kill_{self.chance.choice(roles)}")
-            kill("", self.chance.uniform(0, 0.06))
+            role = self.chance.choice(roles)
+            seconds = self.seconds["pull" if role == "subscriber" else "push"]
+            goes_on = self.chance.random() < 0.5
+            getattr(self, f"kill_{role}")("", self.chance.uniform(0, seconds), goes_on=goes_on)
 
 
 @pytest.mark.slow

@@ -71,8 +71,7 @@ POINTS: tuple[KillPoint, ...] = (
     # hooks
     KillPoint("checked", "subscriber", GENERATIONS, hooked=True),
     KillPoint("hooks_begun", "subscriber", GENERATIONS, hooked=True),
-    KillPoint("apply_hook_done", "subscriber", GENERATIONS, hooked=True),
-    KillPoint("health_hook_done", "subscriber", GENERATIONS, hooked=True),
+    KillPoint("hook_ended", "subscriber", GENERATIONS, hooked=True),
     KillPoint("hooks_done", "subscriber", GENERATIONS, hooked=True),
     # publishing
     KillPoint("blobs_stored", "publisher", GENERATIONS),

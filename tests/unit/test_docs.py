@@ -724,8 +724,10 @@ VOLATILE = (
     (re.compile(r"\bAGO (\d+|-) (?=\d+ \d+ )"), "AGO N "),
     (re.compile(r"^(\S+: generation .*?)[\d.]+ ([KMG]i)?B (uploaded|downloaded)\b"), r"\1SIZE \3"),
     (re.compile(r"^(\S+: )[\d.]+ ([KMG]i)?B before\b"), r"\1SIZE before"),
+    (re.compile(r"^(\S+ \(subscribe\): )generation \d+ of\b"), r"\1generation N of"),
+    (re.compile(r"\bchannel head: generation \d+ -> (generation \d+) \(move \d+"), r"channel head: \1 (move N"),
     (re.compile(r"\bU[A-Z2-7]{55}\b"), "KEY"),
-    (re.compile(r"\b[\w.-]+@(?=[a-z])"), "WHO@"),
+    (re.compile(r"\b[\w.-]+@[\w.-]+"), "WHO@HOST"),
 )
 """What no two runs share: times, digests over times, sizes of what is compressed with digests, into how many
 generations a daemon puts what a shell wrote, keys, and who runs it."""
@@ -883,5 +885,7 @@ def test_the_scripts_document_their_environment(name: str) -> None:
     text = (ROOT / "scripts" / name).read_text()
     head = text.split("set -eu")[0]
     read = set(re.findall(r"\$\{([A-Z_]+):-", text))
-    assert read == {"PYTHON", "SYNCD_VENV", "SYNCD_SKIP_INSTALL"}
+    assert read == {"PYTHON", "SYNCD_VENV", "SYNCD_SKIP_INSTALL"} | (
+        {"SYNCD_TEST_WORKERS"} if name == "test" else set()
+    )
     assert {word for word in read if f"#   {word}=" in head} == read

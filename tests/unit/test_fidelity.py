@@ -222,42 +222,39 @@ async def test_times_of_any_age_arrive_to_the_nanosecond(pair: Pair) -> None:
     await pair.rests()
 
 
+NEAREST = {
+    -(1 << 63): -(1 << 31) * SECOND,
+    -SECOND - 1: -2 * SECOND,
+    T0 + 999_999_999: T0,
+    (1 << 31) * SECOND: ((1 << 31) - 1) * SECOND,
+    (1 << 63) - 1: ((1 << 31) - 1) * SECOND,
+}
+"""What a filesystem with 32 bits of whole seconds makes of times."""
+
+
 @pytest.mark.parametrize("mode", ["mirror", "release"])
+@pytest.mark.xfail(reason="the time of a directory or symlink that is not met is set anew in each round", strict=True)
 @pytest.mark.fault("M5")
-async def test_a_time_that_a_filesystem_cannot_hold_is_met_as_well_as_it_can(tmp_path: Path, mode: str) -> None:
-    """The nearest there is; the path is not written anew with each round for that."""
-    pair = Pair(tmp_path, mode)
+async def test_a_filesystem_with_coarse_times_has_the_nearest_there_are(tmp_path: Path, mode: str) -> None:
+    """No nanoseconds, nothing before 1901 or after 2038: that is no drift, and a further round has nothing to do."""
     tree = {
-        name: folder(
-            {"f": generations.file(name, mtime_ns=when), "l": generations.link("f", mtime_ns=when)}, mtime_ns=when
+        f"d{number}": folder(
+            {"f": generations.file("f", mtime_ns=when), "l": generations.link("f", mtime_ns=when)}, mtime_ns=when
         )
-        for name, when in (("early", -(1 << 63)), ("late", (1 << 63) - 1))
+        for number, when in enumerate(NEAREST)
     }
-    await generations.Publisher(pair.store).commit(tree)
-    assert (await pair.pull()).problems == []
-    assert found(pair.tree).keys() == expected(tree).keys()
-    before = snapshot(pair.tree)
-    again = await pair.pull()
-    assert (again.placed, again.drifted, again.problems, snapshot(pair.tree)) == (0, 0, [], before)
-
-
-@pytest.mark.parametrize("mode", ["mirror", "release"])
-@pytest.mark.fault("M5")
-async def test_a_filesystem_without_nanoseconds_has_whole_seconds(tmp_path: Path, mode: str) -> None:
-    """A mirror on one is content with them: a further round has nothing to do."""
     with mounted(tmp_path / "disk", "-o", "loop", image(tmp_path, "-I", "128")) as disk:
         pair = Pair(tmp_path, mode)
         pair.mirror = disk / "mirror"
-        write(pair.source / "d/file")
-        (pair.source / "d/link").symlink_to("file")
-        for path in ("d/file", "d/link", "d"):
-            os.utime(pair.source / path, ns=(0, T0 + 999_999_999), follow_symlinks=False)
+        await generations.Publisher(pair.store).commit(tree)
         for _ in range(2):
-            await pair.push()
-            assert (await pair.pull()).problems == []
-            assert {what[2] for what in snapshot(pair.tree).values()} == {T0}
-        again = await pair.pull()
-        assert (again.placed, again.drifted) == (0, 0)
+            pulled = await pair.pull()
+            assert (pulled.problems, pulled.drifted) == ([], 0)
+            seen = snapshot(pair.tree)
+            assert seen.keys() == expected(tree).keys()
+            for number, when in enumerate(NEAREST.values()):
+                assert {seen[f"d{number}{below}"][2] for below in ("", "/f", "/l")} == {when}
+        assert pulled.placed == 0
 
 
 # -- extended attributes -----------------------------------------------------------------------------------------------
@@ -319,7 +316,8 @@ async def test_a_filesystem_that_refuses_extended_attributes_is_as_good_as_any(
         await pair.rests()
 
 
-@pytest.mark.parametrize("how", ["objects", "generations", "release"])
+@pytest.mark.parametrize("how", ["generations", "release"])
+@pytest.mark.xfail(reason="no blocks at all are taken for none left", strict=True)
 @pytest.mark.fault("X1")
 async def test_a_filesystem_that_does_not_tell_its_room_is_not_taken_for_full(tmp_path: Path, how: str) -> None:
     """It says that it has no blocks at all, as ramfs and some in user space do: writing shows whether there is room."""

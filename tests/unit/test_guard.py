@@ -361,3 +361,37 @@ async def test_k11_the_same_process_does_not_believe_before_it_wrote(fleet: Flee
             await guard.judge(head)
     assert saved == [0, 1, 1]
     await thread.close(lambda: None)
+
+
+@pytest.mark.fault("K1")
+async def test_k1_a_folder_without_signatures_is_no_way_around(fleet: Fleet) -> None:
+    """Whoever may write to the bucket gives it the objects layout, where nothing is signed: nobody follows."""
+    await fleet.push("good")
+    await fleet.pull()
+    options = PublishOptions("app", fleet.source, Rules(), "here:/source", layout="objects")
+    status = StatusKeeper(FolderStatus("publish", "app", "/"), clock=time.time, report=lambda _: None)
+    (fleet.source / "f").write_text("evil")
+    await Publisher(options, fleet.store, fleet.tmp / "thief.db", status=status).push(
+        change_layout=True, take_over=True
+    )
+    for _ in range(2):
+        with pytest.raises(Untrusted, match="nothing is signed"):
+            await fleet.pull()
+    assert fleet.has() == "good"
+
+
+@pytest.mark.fault("K2", "K4")
+async def test_k2_the_publisher_lends_no_signature_to_a_thief(fleet: Fleet) -> None:
+    """A rollback without a key is not made good by the publisher's renewal of its word."""
+    fleet.publish["expire_seconds"] = 24 * HOUR
+    for text in ("one", "two"):
+        await fleet.push(text)
+    await fleet.pull()
+    await Channels(fleet.bucket, lambda: fleet.now).rollback(HEAD, to=1, who="thief", valid_seconds=60)
+    fleet.now += 20 * HOUR
+    await fleet.push("two")
+    with pytest.raises(Untrusted):
+        await fleet.pull()
+    assert fleet.has() == "two"
+    await fleet.push("three")
+    assert ((await fleet.pull()).generation, fleet.has()) == (3, "three")

@@ -51,6 +51,10 @@ def remote(path: str, entry: Entry | None = None, *, seq: int = 1, via: str = ""
     return RemoteRow(path, entry or file(), bucket, path, f"syncd-{path}", 1, 131072, seq, "me", via)
 
 
+def children(index: Index, path: str) -> list[str]:
+    return [row.path for row in index.local_children(path)]
+
+
 @pytest.fixture
 def index() -> Iterator[Index]:
     index = Index(None)
@@ -97,12 +101,38 @@ def test_iteration_is_in_component_order_and_within_the_subtree(index: Index) ->
 def test_children_are_direct_and_by_base_name(index: Index) -> None:
     """Deeper rows are jumped over, also where the directory between has no row."""
     index.put_local(local(path) for path in ("a", "a/b", "a/b/c/d", "a/e", "a!", "f/g/h", "z"))
-    assert list(index.local_children("")) == ["a", "a!", "z"]
-    assert list(index.local_children("a")) == ["b", "e"]
-    assert index.local_children("a")["b"] == local("a/b")
-    assert list(index.local_children("f")) == []
-    assert list(index.local_children("f/g")) == ["h"]
-    assert index.local_children("nowhere") == {}
+    assert children(index, "") == ["a", "a!", "z"]
+    assert children(index, "a") == ["a/b", "a/e"]
+    assert next(iter(index.local_children("a"))) == local("a/b")
+    assert children(index, "f") == []
+    assert children(index, "f/g") == ["f/g/h"]
+    assert children(index, "nowhere") == []
+
+
+def test_children_come_page_by_page_in_order(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies below one of them, or has a name that begins like it, at the end of a page or not."""
+    monkeypatch.setattr("syncd.index.index._FIRST_CHILDREN", 1)
+    monkeypatch.setattr("syncd.index.index.PAGE", 3)
+    names = [f"{number:02}" for number in range(20)]
+    paths = [f"d/{name}" for name in names]
+    paths += [f"d/{name}\x01" for name in names[::3]]
+    deeper = [f"d/{name}/{below}" for name in names[::2] for below in ("x", "x/y", "z")]
+    index.put_local(local(path) for path in [*paths, *deeper, "d", "d/no-row/f", "d!", "e/f"])
+    assert children(index, "d") == sorted(paths, key=sort_key)
+
+
+def test_rows_may_be_written_while_children_are_read(index: Index) -> None:
+    """As a scan does with what it has passed: nothing comes twice, and nothing that was ahead is missed."""
+    paths = [f"d/{number:04}" for number in range(3000)]
+    index.put_local(local(path) for path in paths)
+    seen = []
+    with index.transaction():
+        for row in index.local_children("d"):
+            seen.append(row.path)
+            index.put_local([row._replace(problem="unreadable"), local(f"{row.path}/below")])
+            if len(seen) == 1500:
+                index.drop_local_tree("d/2000")
+    assert seen == [path for path in paths if path != "d/2000"]
 
 
 def test_a_tree_is_dropped_without_its_neighbours(index: Index) -> None:

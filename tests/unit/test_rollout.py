@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -244,6 +245,35 @@ async def test_a_person_has_a_refused_generation_tried_again(site: Site, mode: A
     assert site.files() == {"a": "one"}
 
 
+async def test_one_word_is_one_more_try(site: Site) -> None:
+    """What is refused again after ``syncd allow`` is held again; the word is used up."""
+    site.options = replace(site.options, check=site.says("check", "false"))
+    await site.push(a="one")
+    given = [False]
+
+    class Word:
+        def given(self) -> bool:
+            return given[0]
+
+        def clear(self) -> None:
+            given[0] = False
+
+    states: list[FolderStatus] = []
+    subscriber = site.subscriber(states.append)
+    subscriber._allowance = Word()  # type: ignore[assignment]
+    running = asyncio.create_task(subscriber.run())
+    try:
+        await _until(lambda: bool(states) and states[-1].state is FolderState.HALTED)
+        given[0] = True
+        await _until(lambda: len(site.told()) == 2 and states[-1].state is FolderState.HALTED)
+        assert not given[0]
+        await asyncio.sleep(1.2)  # two looks for a word
+        assert len(site.told()) == 2
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
 async def _until(condition: Any) -> None:
     async with asyncio.timeout(30):
         while not condition():
@@ -448,6 +478,57 @@ async def test_release_mode_needs_generations(site: Site) -> None:
     assert not (site.root / "current").exists()
 
 
+async def test_a_mirror_becomes_a_release_mirror_and_back(site: Site) -> None:
+    """The setting changes on the same generation: the release is built, and the other way round the paths appear."""
+    await site.push(a="one", b="two")
+    await site.pull()
+    site.options = replace(site.options, mode="release")
+    assert (await site.pull()).generation == 1
+    assert site.files() == {"a": "one", "b": "two"}
+    site.options = replace(site.options, mode="mirror")
+    assert (await site.pull()).generation == 1
+    assert site.files() == {"a": "one", "b": "two"}
+
+
+@pytest.mark.parametrize("how", ["removed", "dangling"])
+async def test_a_lost_link_is_made_again(site: Site, how: str) -> None:
+    """``current`` is gone, or leads nowhere, although the release is whole: it is switched to again."""
+    site.options = replace(site.options, mode="release")
+    await site.push(a="one")
+    await site.pull()
+    current = site.root / "current"
+    current.unlink()
+    if how == "dangling":
+        current.symlink_to("releases/9-00000000")
+    result = await site.pull()
+    assert (result.generation, site.files()) == (1, {"a": "one"})
+    assert len(site.releases()) == 1
+
+
+async def test_a_release_that_was_removed_is_built_again(site: Site) -> None:
+    """Release and link are gone: everything is had anew."""
+    site.options = replace(site.options, mode="release")
+    await site.push(a="one")
+    await site.pull()
+    (site.root / "current").unlink()
+    shutil.rmtree(site.root / "releases")
+    assert (await site.pull()).generation == 1
+    assert site.files() == {"a": "one"}
+
+
+async def test_a_generation_of_the_same_tree_builds_no_release(site: Site) -> None:
+    """Also where the release is read-only: its modes are the policy's, its tree is the generation's."""
+    site.options = replace(site.options, mode="release", modes=ModePolicy(read_only=True), apply=site.says("apply"))
+    await site.push(a="one")
+    await site.pull()
+    stream = site.store.stream("app")
+    for digest in [name for name in stream.chunks if len(name) == 64]:
+        stream.chunks.pop(digest)
+    assert await site.push() == 2
+    assert (await site.pull()).generation == 2
+    assert (len(site.releases()), len(site.told())) == (1, 1)
+
+
 # -- where to go -------------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +570,39 @@ async def test_a_pin_of_an_unknown_generation_changes_nothing(site: Site) -> Non
     with pytest.raises(ObjectGone, match="generation 7"):
         await site.pull()
     assert site.files() == {"a": "1"}
+
+
+@MODES
+@pytest.mark.fault("R8")
+async def test_a_pin_to_a_refused_generation_is_held(site: Site, mode: Any) -> None:
+    """A pin is no word on what hooks refused: what is applied stays, and status says why."""
+    site.options = replace(site.options, mode=mode, check=site.hook('test ! -e "$SYNCD_STAGED/bad"'))
+    await site.push(a="one")
+    await site.pull()
+    await site.push(a="two", bad="!")
+    with pytest.raises(Held):
+        await site.pull()
+    site.extra = {"pin": 2}
+    with pytest.raises(Held):
+        await site.pull()
+    assert site.files() == {"a": "one"}
+    site.options = replace(site.options, check=())
+    assert (await site.pull(allow_delete=True)).generation == 2
+    assert site.files() == {"a": "two", "bad": "!"}
+
+
+async def test_a_pinned_generation_that_was_collected_is_kept_as_it_is(site: Site) -> None:
+    """The host has it: drift is repaired as far as that needs no bucket, and nothing else happens."""
+    for text in "12":
+        await site.push(a=text, b="b")
+    site.extra = {"pin": 1}
+    await site.pull()
+    bucket = site.store.bucket("app")
+    await bucket.delete("generations/0000000001", expected_seq=None, metadata={})
+    (site.root / "b").chmod(0o600)
+    await site.pull()
+    assert site.files() == {"a": "1", "b": "b"}
+    assert (site.root / "b").stat().st_mode & 0o777 == 0o644
 
 
 async def test_a_persons_pin_is_obeyed_within_a_moment(site: Site) -> None:

@@ -43,8 +43,8 @@ def scanner(root: Path, *, symlinks: scan.SymlinkPolicy = "inside", rules: Rules
     return Scanner(root, rules or Rules(), symlinks=symlinks)
 
 
-def nothing_known(_: str) -> dict[str, LocalRow]:
-    return {}
+def nothing_known(_: str) -> tuple[LocalRow, ...]:
+    return ()
 
 
 def told(root: Path, below: str = "", **options: object) -> list[str]:
@@ -464,6 +464,43 @@ def remembered(root: Path) -> Iterator[Remembered]:
     remembered.index.close()
 
 
+def test_each_name_meets_its_own_row(root: Path, remembered: Remembered) -> None:
+    """Rows and names are merged in the order of bytes: whatever names there are, new, gone, or no names for us."""
+    kept = ["a", "a!", "a\x01", "a.b", "b", "z", "\x7f", "é", "\ud7ff", "\ue000", "\U00010000", "\U0001f600"]
+    gone = ["A", "a-", "bb", "zz", "ê", "\uffee", "\U00010001"]
+    new = ["0", "a\x02", "c", "ë", "\ue001", "\U0001f601", "\U0010fffd"]
+    for name in kept + gone:
+        (root / name).write_text("x")
+        (root / "d" / name).mkdir(parents=True)
+    assert len(remembered.changed()) == 2 * len(kept + gone) + 1
+    for name in gone:
+        (root / name).unlink()
+        (root / "d" / name).rmdir()
+    for name in new:
+        (root / name).write_text("x")
+        (root / "d" / name).mkdir()
+    for above in (root, root / "d"):
+        (above / os.fsdecode(b"\xff")).touch()
+        (above / os.fsdecode(b"\xed\xa0\x80")).touch()
+    time.sleep(2 * RACY_NS / SECOND)
+    items = list(remembered.scanner.scan("", remembered.index.local_children))
+    fresh = [item.row.path for item in items if isinstance(item, Found) and item.fresh]
+    stale = [item.row.path for item in items if isinstance(item, Found) and not item.fresh]
+    assert fresh == sorted([*kept, *(f"d/{name}" for name in kept)], key=sort_key)
+    assert stale == sorted(["d", *new, *(f"d/{name}" for name in new)], key=sort_key)
+    assert len(items) == len(fresh) + len(stale) + 4
+
+
+def test_a_link_to_a_known_file_is_another_path(root: Path, remembered: Remembered) -> None:
+    """Its stat fields are those of its neighbour's row, which is not its own."""
+    (root / "b").write_text("x")
+    (root / "a").hardlink_to(root / "b")
+    time.sleep(2 * RACY_NS / SECOND)
+    assert remembered.changed() == ["a", "b"]
+    remembered.index.drop_local(["a"])
+    assert remembered.changed() == ["a"]
+
+
 def test_what_did_not_change_is_fresh(root: Path, remembered: Remembered) -> None:
     """Files, directories and symlinks, as soon as they are older than the clock's tick."""
     (root / "d").mkdir()
@@ -780,13 +817,13 @@ def test_a_directory_that_vanishes_during_the_walk_is_just_that(root: Path) -> N
         (root / name).mkdir()
         (root / name / "f").touch()
 
-    def known(path: str) -> dict[str, LocalRow]:
+    def known(path: str) -> tuple[LocalRow, ...]:
         if path == "a":
             shutil.rmtree(root / "b")
             shutil.rmtree(root / "c")
             (root / "c").touch()
             (root / "a" / "f").unlink()
-        return {}
+        return ()
 
     items = list(scanner(root).scan("", known))
     lines = [(type(item).__name__, getattr(item, "path", "") or item.row.path) for item in items]
