@@ -277,7 +277,8 @@ class Rollout:
         return self._releases.load(self._known(name))
 
     def _prune(self) -> None:
-        spare = {name for name in self._mirror.releases() if self._holds(name, self._standing.good_record)}
+        good = [name for name in self._mirror.releases() if self._holds(name, self._standing.good_record)]
+        spare = set(good[-1:])  # crashes may have left several of one generation
         removed = self._mirror.prune(self._options.keep_releases, spare)
         if self._file is not None:
             prune_release_files(self._file, set(self._mirror.releases()))

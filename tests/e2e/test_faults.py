@@ -62,7 +62,7 @@ def problems(daemon: Daemon, key: str = "subscribe-app") -> dict[str, str]:
     return {one["path"]: one["code"] for one in status(daemon, key).get("problems", [])}
 
 
-async def in_state(daemon: Daemon, key: str, state: str, seconds: float = 20) -> dict[str, Any]:
+async def in_state(daemon: Daemon, key: str, state: str, seconds: float = 60) -> dict[str, Any]:
     def reached() -> dict[str, Any]:
         now = status(daemon, key)
         return now if now.get("state") == state else {}
@@ -688,10 +688,10 @@ async def test_a_full_directory_and_a_file_replace_one_another_at_once(
         (source / "d/turns").mkdir()
         for inside in range(20):
             (source / f"d/turns/{inside}").write_bytes(os.urandom(1000))
-        await equal_trees(source, mirror, 10)
+        await equal_trees(source, mirror, 25)
         shutil.rmtree(source / "d/turns")
         (source / "d/turns").write_text(f"a file {number}")
-        await equal_trees(source, mirror, 10)
+        await equal_trees(source, mirror, 25)
         (source / "d/turns").unlink()
     await healed(nats_server, source, mirror)
 
