@@ -109,12 +109,19 @@ class Applied:
     :ivar number: 0 for none.
     :ivar root: the generation's own tree digest; the mirror's differs where ``exact`` is not set.
     :ivar exact: nothing of it is left out, held back or in trouble.
+    :ivar rules: fingerprint of what decides which part of a tree the mirror has, and with which modes.
     """
 
     number: int = 0
     record: str = ""
     root: str = ""
     exact: bool = False
+    rules: str = ""
+
+    @property
+    def tree(self) -> str:
+        """What tells this tree, as the mirror takes it, from others."""
+        return f"{self.root} {self.rules}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,7 +468,9 @@ class Checkout:
                 if not path or len(name) * 4 > room:  # the node has checked the name by itself
                     check_path(full)
                 if modes is not None:
-                    mode = modes.apply(Entry(kind, mode, mtime_ns)).mode  # noqa: PLW2901
+                    kept = modes.apply(Entry(kind, mode, mtime_ns)).mode
+                    count.left_out = count.left_out or kept != mode
+                    mode = kept  # noqa: PLW2901
                 if kind is _DIR:
                     count.add(0, 0)
                     takes = rules.takes(full, is_dir=True)
@@ -565,12 +574,11 @@ class Checkout:
         applied = self.applied()
         if complete:
             crash_point("generation_applied")
-            applied = Applied(target.number, target.record, target.root, exact and not target.partial)
+            exact = exact and not target.partial
+            applied = Applied(target.number, target.record, target.root, exact, target.rules)
         with self._index.transaction():
             if complete and self._standing.record != applied.record:
-                before = self.applied()
-                same = before.exact and applied.exact and before.root == applied.root
-                self._standing.arrived(applied.number, applied.record, same=same)
+                self._standing.arrived(applied.number, applied.record, applied.tree)
             if complete and self.applied() != applied:
                 self._index.set_note(APPLIED, json.dumps(asdict(applied)))
             if self._index.note(APPLYING):

@@ -103,6 +103,7 @@ class Committer:
         self._log = log.bind(folder=options.folder, role="publish")
         self._head: Commit | None = None
         self._pointed: Commit | None = None
+        self._judged = 0
         self._last_seq = 0
         self._list_at = 0.0
         self._room: int | None = None
@@ -131,7 +132,7 @@ class Committer:
         await self._thread.run(lambda: self._recognise(state))
         pointed = await self._reader.channel(HEAD)
         known = await self._thread.run(lambda: self._index.note("head"))
-        head = await self._newest(pointed) if pointed is not None and pointed.digest != known else pointed
+        head = await self._base(pointed, known)
         if head is None and known:
             self._log.warning("head_lost", bucket=self._options.folder)
             await self._thread.run(self._forget_head)
@@ -145,12 +146,27 @@ class Committer:
         if self._clock() >= self._list_at or await self._is_unsettled():
             await self._list()
 
+    async def _base(self, pointed: Commit | None, known: str) -> Commit | None:
+        """Return the generation that the next one follows: the head's, unless somebody else moved that.
+
+        :param known: digest of the record that the index describes.
+        """
+        if pointed is None:
+            return None
+        position = await self._thread.run(lambda: int(self._index.note("position", "0")))
+        if pointed.digest == known and pointed.seq == position:
+            return pointed
+        if pointed.seq == self._judged and self._head is not None:
+            return self._head
+        self._judged = pointed.seq
+        return await self._newest(pointed)
+
     async def _newest(self, pointed: Commit) -> Commit:
         """Return the newest generation, which the next one follows: a person may have moved the head back since.
 
         Such a move stands until the source changes: what is in the source was committed already.
         """
-        number = await self._thread.run(lambda: int(self._index.note(NUMBER, "0"))) or await self._highest()
+        number = await self._highest()  # also one that was committed right before a crash, and never remembered
         if number <= pointed.generation.number:
             return pointed
         newest = await self._reader.generation(number)
@@ -214,7 +230,7 @@ class Committer:
             self._index.set_note("bucket", state.created)
             self._index.set_note("position", "0")
             self._index.set_note(UNSETTLED, "1")
-        self._last_seq = 0
+        self._last_seq = self._judged = 0
 
     def _forget_head(self) -> None:
         with self._index.transaction():

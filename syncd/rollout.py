@@ -121,9 +121,9 @@ class Rollout:
 
     def moving(self) -> bool:
         """Tell whether what is to be applied is another tree than what is. Blocking."""
-        target, applied = self._checkout.target, self._checkout.applied()
-        same = applied.exact and (target.root, target.partial) == (applied.root, False)
-        return target.record != self._standing.record and not same
+        target = self._checkout.target
+        tree = Applied(root=target.root, rules=target.rules).tree
+        return target.record != self._standing.record and tree != self._standing.tree
 
     def is_current(self) -> bool:
         """Tell whether the current release is the one to be at, or has the very tree of it. Blocking."""
@@ -150,7 +150,7 @@ class Rollout:
             if self._load(current):
                 applied = self._checkout.applied()
                 if applied.record != self._standing.record:
-                    self._standing.arrived(applied.number, applied.record)
+                    self._standing.arrived(applied.number, applied.record, applied.tree)
             else:
                 self._log.warning("release_not_known", release=current)
 
@@ -201,7 +201,7 @@ class Rollout:
     def _build(self, problems: ProblemBook) -> tuple[str, Path]:
         target = self._checkout.target
         name = release_name(target.number, target.root, taken=self._mirror.releases())
-        applied = Applied(target.number, target.record, target.root)
+        applied = Applied(target.number, target.record, target.root, rules=target.rules)
         notes = {TARGET: self._index.note(TARGET), APPLIED: json.dumps(asdict(applied))}
         built = self._mirror.build(
             name,

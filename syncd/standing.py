@@ -22,7 +22,7 @@ MAX_REFUSED: Final = 64
 class _State:
     """What is noted.
 
-    :ivar number, record: the generation that is applied; 0 and "" for none.
+    :ivar number, record, tree: the generation that is applied; 0 and "" for none.
     :ivar good, good_record: the last one that ended well.
     :ivar due: hooks after an apply are still to run, or to run again.
     :ivar back: it is a return: its hooks run, but nothing is returned from.
@@ -33,6 +33,7 @@ class _State:
 
     number: int = 0
     record: str = ""
+    tree: str = ""
     good: int = 0
     good_record: str = ""
     due: bool = False
@@ -70,6 +71,11 @@ class Standing:
     def record(self) -> str:
         """The record of what is applied, "" for nothing."""
         return self._state.record
+
+    @property
+    def tree(self) -> str:
+        """What tells the applied tree from others, "" for nothing."""
+        return self._state.tree
 
     @property
     def good_record(self) -> str:
@@ -112,12 +118,13 @@ class Standing:
         state = self._state
         return record == state.good_record and state.record != record and state.record in state.refused
 
-    def arrived(self, number: int, record: str, *, same: bool = False) -> None:
+    def arrived(self, number: int, record: str, tree: str) -> None:
         """A generation is in place, whole.
 
-        :param same: it has the very tree of the one before: nothing is to be run for it.
+        :param tree: what tells its tree, as this mirror takes it, from others. Nothing is run for the same one again.
         """
         state = self._state
+        same, state.tree = tree == state.tree, tree
         if same and state.record:
             if state.good_record == state.record:
                 state.good, state.good_record = number, record

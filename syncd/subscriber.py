@@ -119,6 +119,10 @@ class _Failure:
     not_before: float
 
 
+class StagedVanished(DiskProblem):
+    """Some content was not there when it was to be put in place: the next round stages it again."""
+
+
 @dataclass(slots=True)
 class _Count:
     """The size of a plan; directories are not counted among removals: those of other clients have no tombstone."""
@@ -192,6 +196,7 @@ class Subscriber:
         self._standing: Standing
         self._extraneous: Extraneous
         self._suspected: set[str] = set()
+        self._left_as_found: set[str] = set()
         self._holding = False
         self._layout: Layout | None = None
         self._layout_of = ""
@@ -621,7 +626,7 @@ class Subscriber:
             elif self._standing.due:
                 self._log.info("hooks_run_again", generation=self._standing.number)
                 await self._rollout.finish()
-        except WentBack:
+        except (WentBack, StagedVanished):
             return True
         return False
 
@@ -633,14 +638,14 @@ class Subscriber:
 
         def ended() -> tuple[bool, Applied]:
             complete = not self._checkout.missing()
-            exact = not self._drift.held and not self._drift.problems.all()
+            exact = not (self._drift.held or self._left_as_found or self._drift.problems.all())
             return complete, self._checkout.end_apply(complete=complete, exact=exact)
 
         complete, applied = await self._thread.run(ended)
         result.generation, result.root = applied.number, applied.root
         self._status.set(generation=applied.number, root=applied.root, exact=applied.exact)
         if not complete:
-            raise DiskProblem("staged content vanished before it was put in place", hint="it is staged again")
+            raise StagedVanished("staged content vanished before it was put in place", hint="it is staged again")
         await self._rollout.finish()
         await self._checkout.learn()
 
@@ -700,7 +705,9 @@ class Subscriber:
         for problem in outcome.problems:
             self._drift.problems.note(problem)
             self._note_failure(problem, seqs)
+        self._left_as_found.update(outcome.drifted)
         for placed in outcome.placed:
+            self._left_as_found.discard(placed.path)
             self._failures.pop(placed.path, None)
             self._drift.problems.clear(placed.path)
         for path in outcome.drifted:

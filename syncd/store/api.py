@@ -70,8 +70,8 @@ class Busy(Unavailable):
 def api_error(error: object, doing: str) -> SyncdError:
     """Translate the ``error`` object of a JetStream answer (https://docs.nats.io, "JetStream API errors")."""
     fields = error if isinstance(error, dict) else {}
-    code = fields.get("err_code", 0)
-    status = fields.get("code", 0)
+    code = number(fields, "err_code")
+    status = number(fields, "code")
     text = str(fields.get("description", "no reason given"))[:300]
     if code in _FULL:
         return StoreFull(f"{doing}: {text}", hint="raise max_bytes of the bucket, or free space on the server")
@@ -85,7 +85,7 @@ def api_error(error: object, doing: str) -> SyncdError:
         return NoJetStream(f"{doing}: {text}")
     if status in {429, 503} or code in _BUSY:
         return Busy(f"{doing}: {text}")
-    return ApiError(f"{doing}: {text} (code {code})", code if isinstance(code, int) else 0)
+    return ApiError(f"{doing}: {text} (code {code})", code)
 
 
 def read_json(payload: bytes, doing: str) -> dict[str, Any]:
@@ -104,16 +104,20 @@ def read_json(payload: bytes, doing: str) -> dict[str, Any]:
     return answer
 
 
+_INT64: Final = 1 << 63
+
+
 def header_int(headers: Mapping[str, str], name: str) -> int:
     """Read a decimal header, 0 where it is absent or something else."""
     text = headers.get(name, "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0  # noqa: PLR2004 - an uint64
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0  # noqa: PLR2004 - an uint64
+    return value if value < _INT64 else 0
 
 
 def number(fields: Mapping[str, Any], name: str) -> int:
     """Read a number of an answer, 0 where it is absent or something else."""
     value = fields.get(name)
-    return value if type(value) is int else 0
+    return value if type(value) is int and -_INT64 <= value < _INT64 else 0
 
 
 class Api:
@@ -236,7 +240,8 @@ def missing_flags(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if config.get("mirror") or config.get("sources"):
         return {}
-    subjects = config.get("subjects") or []
+    subjects = config.get("subjects")
+    subjects = subjects if isinstance(subjects, list) else []
     if wire.chunk_filter(name) not in subjects or wire.meta_filter(name) not in subjects:
         raise StoreRejected(f"stream {wire.stream_of(name)!r} exists but is no Object Store bucket")
     if config.get("sealed"):
@@ -250,9 +255,14 @@ def missing_flags(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return changes
 
 
+def _texts(value: object) -> dict[str, str]:
+    """Return a table's texts; what is something else is left out."""
+    return {key: text for key, text in value.items() if isinstance(text, str)} if isinstance(value, dict) else {}
+
+
 def read_state(bucket: str, info: Mapping[str, Any]) -> BucketState:
     """Read what :meth:`Api.stream_info` returned."""
-    config, state = info["config"], info["state"]
+    config, state = (found if isinstance(found := info.get(key), dict) else {} for key in ("config", "state"))
     metadata = config.get("metadata")
     max_bytes = number(config, "max_bytes")
     return BucketState(
@@ -263,7 +273,7 @@ def read_state(bucket: str, info: Mapping[str, Any]) -> BucketState:
         sealed=bool(config.get("sealed")),
         max_bytes=max_bytes if max_bytes > 0 else None,
         description=str(config.get("description") or ""),
-        metadata=metadata if isinstance(metadata, dict) else {},
+        metadata=_texts(metadata),
         republished=config.get("republish") == republish_of(bucket),
         ttl_messages=bool(config.get("allow_msg_ttl")),
         atomic=bool(config.get("allow_atomic")),

@@ -17,7 +17,7 @@ import json
 import re
 from calendar import timegm
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from syncd.errors import BadName, ConfigError, ObjectCorrupt, StoreRejected
 from syncd.paths import printable, subject_token
@@ -120,6 +120,9 @@ def is_nuid(text: str) -> bool:
     return _NUID.fullmatch(text) is not None and not _NOT_IN_TOKEN.intersection(text)
 
 
+_INT64: Final = 1 << 63
+
+
 def parse_time(text: str) -> int:
     """Read an RFC 3339 time as nanoseconds since the epoch; 0 where it is none."""
     found = _TIME.fullmatch(text)
@@ -135,7 +138,8 @@ def parse_time(text: str) -> int:
     if zone != "Z":
         offset = int(zone[1:3]) * 3600 + int(zone[4:6]) * 60
         seconds += -offset if zone[0] == "+" else offset
-    return seconds * 1_000_000_000 + int((found[7] or "").ljust(9, "0"))
+    nanoseconds = seconds * 1_000_000_000 + int((found[7] or "").ljust(9, "0"))
+    return nanoseconds if -_INT64 <= nanoseconds < _INT64 else 0
 
 
 def format_time(ns: int) -> str:

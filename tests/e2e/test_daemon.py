@@ -91,6 +91,7 @@ async def test_two_hosts_stay_equal_through_restarts_of_everything(
     await equal_trees(source, mirror)
 
 
+@pytest.mark.fault("U2")
 async def test_a_reload_takes_a_new_folder_and_keeps_the_old_one_when_the_file_is_broken(
     tmp_path: Path, daemons: list[Daemon], nats_server: NatsServer
 ) -> None:
