@@ -69,8 +69,9 @@ SELECT child.key, r.key, kind, mode, mtime, size, digest, target, nuid
 FROM child LEFT JOIN remote r ON r.key = child.key WHERE child.key IS NOT NULL"""  # noqa: S608
 _WANTED = f"""SELECT * FROM temp.wanted WHERE (place, blob, at, key) > (?, ?, ?, ?) AND (place = 2) = ?
 ORDER BY place, blob, at, key LIMIT {PAGE}"""  # noqa: S608
+# The indexes of digests and locations leave out empty ones, so each statement has to say that it does, too.
 _CONTENTS = """SELECT digest, min(key) FROM local
-WHERE digest IN (%s) AND kind = 0 AND problem = '' GROUP BY digest"""
+WHERE digest IN (%s) AND digest <> '' AND kind = 0 AND problem = '' GROUP BY digest"""
 
 
 def location_text(location: Location) -> str:
@@ -389,7 +390,7 @@ class CheckoutTables:
         """Return large contents of the mirror whose chunks are not noted: recipe, digest and size of each."""
         rows = self._db.rows(
             "SELECT DISTINCT r.nuid, r.digest, r.size FROM remote r JOIN local l ON l.key = r.key "
-            "WHERE r.nuid >= 'r:' AND r.nuid < 'r;' AND l.digest = r.digest "
+            "WHERE r.nuid <> '' AND r.nuid >= 'r:' AND r.nuid < 'r;' AND l.digest = r.digest "
             "AND NOT EXISTS (SELECT 1 FROM chunk WHERE content = r.digest) LIMIT ?",
             (limit,),
         )
@@ -412,7 +413,10 @@ class CheckoutTables:
 
     def is_announced(self, digest: str) -> bool:
         """Tell whether any file of the ``remote`` half has this content."""
-        return self._db.row("SELECT 1 FROM remote WHERE digest = ? LIMIT 1", (bytes.fromhex(digest),)) is not None
+        return (
+            self._db.row("SELECT 1 FROM remote WHERE digest = ? AND digest <> '' LIMIT 1", (bytes.fromhex(digest),))
+            is not None
+        )
 
     # -- chunks of large nodes ---------------------------------------------------------------------------------------
 

@@ -372,8 +372,10 @@ class Index(Database):
         :returns: the paths of the rows before and after.
         """
         with self.transaction():
-            before = {from_sort_key(row[0]) for row in self.rows("SELECT key FROM remote WHERE via = ?", (via,))}
-            self.run("DELETE FROM remote WHERE via = ?", (via,))
+            before = {
+                from_sort_key(row[0]) for row in self.rows("SELECT key FROM remote WHERE via = ? AND via <> ''", (via,))
+            }
+            self.run("DELETE FROM remote WHERE via = ? AND via <> ''", (via,))
             after: set[str] = set()
             source = iter(rows)
             while page := list(islice(source, PAGE)):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import sys
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -306,6 +307,8 @@ class Mirror:
         """
         with self._words("cannot ask for free space"):
             found = os.fstatvfs(self._root_fd)
+        if not found.f_blocks:  # a filesystem that does not tell (tmpfs without a limit, some of FUSE)
+            return sys.maxsize
         return found.f_bavail * found.f_frsize
 
     def discard_staged(self, keep: Container[str] = ()) -> None:

@@ -444,7 +444,7 @@ FAULTS: dict[str, tuple[Forge, str]] = {
 }
 
 
-@pytest.mark.fault("O1 P1 P6")
+@pytest.mark.fault("O1 P1 P2 P6")
 @pytest.mark.parametrize("name", FAULTS)
 async def test_a_generation_that_lies_is_refused_whole(world: World, name: str) -> None:
     """The mirror stays as it was, one problem says why, and the next good generation is applied."""

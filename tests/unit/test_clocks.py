@@ -240,7 +240,6 @@ async def test_some_minutes_are_forgiven(fresh: Site, minutes: int, good: bool) 
             await fresh.pull()
 
 
-@pytest.mark.xfail(reason="a move that ends too late is not renewed before that", strict=True)
 @pytest.mark.fault("N9", "K4")
 async def test_a_clock_a_year_ahead_does_not_silence_the_alarm_for_a_year(fresh: Site) -> None:
     """Once it is right again the next round says when the head's word really ends: silence is noticed after a day."""

@@ -317,7 +317,6 @@ async def test_a_filesystem_that_refuses_extended_attributes_is_as_good_as_any(
 
 
 @pytest.mark.parametrize("how", ["generations", "release"])
-@pytest.mark.xfail(reason="no blocks at all are taken for none left", strict=True)
 @pytest.mark.fault("X1")
 async def test_a_filesystem_that_does_not_tell_its_room_is_not_taken_for_full(tmp_path: Path, how: str) -> None:
     """It says that it has no blocks at all, as ramfs and some in user space do: writing shows whether there is room."""
