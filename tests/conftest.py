@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 from tests import faults
 from tests.support.server import NatsServer
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
+
+
+@pytest.fixture(autouse=True)
+def plain_logs() -> Iterator[None]:
+    """A command that runs within a test configures the logs of the whole process: not those of the tests after it."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

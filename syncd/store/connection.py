@@ -61,6 +61,7 @@ ROOM_FOR_HEADERS: Final = 64 * 1024
 PENDING_BYTES: Final = 16 << 20
 FLUSH_SECONDS: Final = 10
 CLOSE_SECONDS: Final = 1.5
+CANCEL_SECONDS: Final = 0.2
 MAX_CONTROL_LINE: Final = 4096
 """The server's default; a longer line makes it close the connection under everybody who uses it."""
 
@@ -710,8 +711,9 @@ class Connection:
             if flush is not None:
                 await asyncio.wait({flush}, timeout=CLOSE_SECONDS)
         finally:
-            self._task.cancel()
-            await asyncio.wait({self._task})  # bounded: _supervise waits for nothing but dispose()
+            while not self._task.done():  # bounded: _supervise waits for nothing but dispose()
+                self._task.cancel()  # once is not enough: connect() of nats-py can take a cancellation for a failure
+                await asyncio.wait({self._task}, timeout=CANCEL_SECONDS)
             self._notify()
             if flush is not None:
                 await _end(flush)

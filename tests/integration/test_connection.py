@@ -980,3 +980,22 @@ async def test_too_old_a_server_is_refused(serve: Serve, connect: Connect, monke
     monkeypatch.setattr(connection, "MIN_SERVER", (99, 1, 0))
     error = await raised(require_jetstream(conn))
     assert "is too old: syncd needs 99.1 or newer" in str(error)
+
+
+async def test_a_swallowed_cancellation_does_not_keep_close_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nats-py's connect() can take the cancellation for a failure to connect: then the next try is cancelled, too."""
+    trying = asyncio.Event()
+
+    async def connect(self: Connection, server: object) -> None:
+        trying.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            raise Unavailable("cannot reach it") from None
+
+    monkeypatch.setattr(Connection, "_connect", connect)
+    connection = Connection(ConnectionOptions(servers=("nats://127.0.0.1:1",), name="test"))
+    await connection.start()
+    await trying.wait()
+    async with asyncio.timeout(10):
+        await connection.close()

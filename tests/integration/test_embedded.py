@@ -52,7 +52,7 @@ async def greeting(url: str) -> dict:
     return json.loads(line.removeprefix(b"INFO "))
 
 
-async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+async def until(condition: Callable[[], object], seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)

@@ -60,7 +60,7 @@ FLOORS: dict[str, int] = {
     "syncd.modes": 0,
     "syncd.signatures": 0,
     "syncd.trust": 0,
-    "syncd.moves": 1,
+    "syncd.moves": 2,
     "syncd.hooks": 1,
     "syncd.hookguard": 1,
     "syncd.mirrorwatch": 1,
