@@ -79,11 +79,15 @@ async def test_after_each_apply_the_mirror_is_exactly_a_committed_tree(
             committed = await reader.generation(number)
             assert committed is not None
             assert (root, found) == (committed.generation.root.tree,) * 2, number
+        async with asyncio.timeout(60):  # the publisher may commit the end of the storm after the last look
+            while await asyncio.to_thread(lambda: snapshot(source) != snapshot(mirror)):
+                options = SubscribeOptions("app", mirror, Rules())
+                await Subscriber(options, store, tmp_path / "mirror.db", status=keeper("subscribe")).pull()
+                await asyncio.sleep(0.05)
     finally:
         await connection.close()
     print(len(seen), "applies of", seen[-1][0], "generations")
     assert len({number for number, _, _ in seen}) > 10
-    await equal_trees(source, mirror)
 
 
 @pytest.mark.layout("generations")

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from tests.support.server import NatsServer
 
 # Taken out of the environment: syncd refuses variables that look like its keys.
-EXAMPLES = int(os.environ.pop("SYNCD_STATE_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.pop("SYNCD_STATE_EXAMPLES", "10"))
 STEPS = int(os.environ.pop("SYNCD_STATE_STEPS", "40"))
 SEED = int(os.environ.pop("SYNCD_STATE_SEED", str(time.time_ns() % 2**32)))
 BLOB = os.environ.pop("SYNCD_STATE_BLOB", "")

@@ -36,7 +36,7 @@ STREAM = "OBJ_app"
 META = "$O.app.M." + base64.urlsafe_b64encode(b"etc/app.conf").decode()
 CHUNK = "$O.app.C.syncd-nuid"
 PREFIX = "syncd.js"
-SECONDS = 5.0
+SECONDS = 30.0
 """For an answer that must come."""
 SILENCE = 0.3
 """For what must not happen. Where it can happen, in the account of the streams, it takes milliseconds."""

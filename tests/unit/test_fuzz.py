@@ -437,6 +437,17 @@ def messages_of(name: str) -> list[bytes]:
 
 
 MESSAGES = {name: messages_of(name) for name in NAMES}
+odd_metadata = st.fixed_dictionaries(
+    {},
+    optional={
+        "syncd-kind": st.sampled_from(["file", "dir", "symlink", "device", ""]),
+        "syncd-mode": st.sampled_from(["0644", "7777", "177777", "-1", "0o7", "\u0667", "9"]),
+        "syncd-mtime": st.sampled_from(["0", "-1", str(-(1 << 63)), str(1 << 63), "9" * 20, "1.5", ""]),
+        "syncd-digest": st.sampled_from([digest_of(b"x"), digest_of(b"x").upper(), "x", ""]),
+        "syncd-target": st.sampled_from(["../t", "", "\0", "t" * 4096, "\u0667"]),
+        "syncd-publisher": st.sampled_from(["web-1:/srv", ""]),
+    },
+)
 header_texts = st.sampled_from(["", "0", "7", "-1", "x", "\u0663", "9" * 19, "1" * 20, str(1 << 63), "MaxAge", "404"])
 stamps = st.sampled_from(
     ["2026-11-21T02:02:45.600984Z", "0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "2026-02-30T00:00:00Z", "", "now"]
@@ -456,7 +467,8 @@ PLAIN = MESSAGES["n"][6]
 def stored_messages(draw: st.DrawFn) -> Any:
     """A message of the bucket as nats-py hands it over: subject, headers and payload, each perhaps hostile."""
     name = draw(st.sampled_from(NAMES))
-    payload = draw(st.sampled_from(MESSAGES[name]) | spoiled(MESSAGES[name]) | noise)
+    odd = odd_metadata.map(lambda metadata: put(ObjectMeta(name, metadata=metadata), STORED))
+    payload = draw(st.sampled_from(MESSAGES[name]) | spoiled(MESSAGES[name]) | odd | noise)
     subjects = st.just(name)
     try:  # a forger names it as its own metadata does
         inside = json.loads(payload)["name"]
