@@ -19,6 +19,58 @@ QUIET_FACTOR = 20
 MIN_QUIET_SECONDS = 1.0
 MAX_PATH_WAIT = 5.0
 ALLOW_POLL_SECONDS = 0.5
+BURST_SHARE = 0.25
+"""A burst must be followed by a quiet time of this share of its own duration."""
+BURST_MAX_SETTLE = 1.0
+BURST_GAP_SECONDS = 0.03
+"""What is at most so far apart belongs together, however short the settle time; hints come late by some 10 ms."""
+BURST_MEMORY_SECONDS = 1.0
+"""A path that was hinted at so recently adds nothing to a burst: a constant writer holds up only itself."""
+
+
+class Burst:
+    """Many paths that change one after the other: a checkout, an unpacked archive, an installation.
+
+    Such a thing is one generation rather than hundreds (FAULTS S4), so the whole tree has to be quiet, and the longer
+    the burst has lasted, the longer. Whoever waits for each change to arrive before the next one never makes a burst:
+    a hint belongs to it only when it comes before the tree was quiet.
+    """
+
+    def __init__(self) -> None:
+        self._begun = self._last = 0.0
+        self._waiting_since: float | None = None
+        self._seen: dict[str, float] = {}
+
+    def hint(self, paths: Iterable[str], settle: float, now: float) -> None:
+        """Paths were hinted at."""
+        fresh = False
+        for path in paths:
+            before = self._seen.pop(path, 0.0)  # the oldest stay in front
+            self._seen[path] = now
+            fresh = fresh or not before or now - before > BURST_MEMORY_SECONDS
+        while self._seen and now - self._seen[oldest := next(iter(self._seen))] > BURST_MEMORY_SECONDS:
+            del self._seen[oldest]
+        if not fresh:
+            return
+        if now - self._last > max(BURST_GAP_SECONDS, self._settle(settle)):
+            self._begun = now
+        self._last = now
+        if self._waiting_since is None:
+            self._waiting_since = now
+
+    def taken(self) -> None:
+        """What had been hinted at is being looked at."""
+        self._waiting_since = None
+
+    def calm_at(self, settle: float) -> float:
+        """Return when the tree has been quiet for long enough, or changes have waited for long enough."""
+        if self._waiting_since is None:
+            return 0.0
+        quiet = self._settle(settle)
+        return min(self._last + quiet, self._waiting_since + quiet * STARVATION_FACTOR)
+
+    def _settle(self, settle: float) -> float:
+        return max(settle, min(BURST_MAX_SETTLE, BURST_SHARE * (self._last - self._begun)))
 
 
 class Agenda:
@@ -49,6 +101,7 @@ class Agenda:
         self._hold_until = 0.0
         self._halted = False
         self._had_hints = False
+        self._burst = Burst()
         self._wake = asyncio.Event()
 
     # -- what happened -------------------------------------------------------------------------------------------
@@ -56,6 +109,8 @@ class Agenda:
     def hint(self, paths: Iterable[str]) -> None:
         """Something may have changed at ``paths``."""
         now = self._now()
+        paths = tuple(paths)
+        self._burst.hint(paths, self.settle, now)
         for path in paths:
             first, _ = self._hints.get(path, (now, now))
             self._hints[path] = (first, now)
@@ -115,7 +170,7 @@ class Agenda:
         while True:
             now = self._now()
             self._wake.clear()
-            if now >= self._hold_until:
+            if now >= self._earliest():
                 if now >= self._full_at or (self._halted and self._allowed()):
                     self._take_all()
                     return None
@@ -129,6 +184,7 @@ class Agenda:
 
     def _take_all(self) -> None:
         self._hints.clear()
+        self._burst.taken()
         self._had_hints = False
         self._last_full = self._now()
         self._full_at = self._last_full + self._rescan
@@ -136,13 +192,17 @@ class Agenda:
     def _take(self, ready: frozenset[str]) -> frozenset[str]:
         for path in ready:
             del self._hints[path]
+        self._burst.taken()
         self._had_hints = True
         return ready
 
     def _next_time(self, now: float) -> float:
         next_time = min([self._full_at, *map(self._ready_at, self._hints)])
-        next_time = max(next_time, self._hold_until)
+        next_time = max(next_time, self._earliest())
         return min(next_time, now + ALLOW_POLL_SECONDS) if self._halted else next_time
+
+    def _earliest(self) -> float:
+        return max(self._hold_until, self._burst.calm_at(self.settle))
 
     async def _sleep_until(self, when: float) -> None:
         try:

@@ -413,12 +413,15 @@ def _read_note(text: str) -> list[tuple[str, Entry | None]]:
 
 
 def _unchanged(row: LocalRow, disk: Disk) -> bool:
-    """Tell whether the quick check holds; a directory's and a symlink's own fields are all there is to compare."""
+    """Tell whether the quick check holds; a directory's and a symlink's own fields are all there is to compare.
+
+    Their time is the one that is wanted, or what the filesystem made of it when it was set: it may know whole seconds.
+    """
     if disk.kind is not row.entry.kind:
         return False
     if disk.kind is Kind.FILE:
         # Not the device number: it may be another one after a reboot.
         return disk.mode == row.entry.mode and disk.stat._replace(dev=row.stat.dev) == row.stat
-    if disk.kind is Kind.SYMLINK:
-        return disk.target == row.entry.target and disk.stat.mtime_ns == row.entry.mtime_ns
-    return disk.mode == row.entry.mode and disk.stat.mtime_ns == row.entry.mtime_ns
+    if disk.stat.mtime_ns not in {row.entry.mtime_ns, row.stat.mtime_ns}:
+        return False
+    return disk.target == row.entry.target if disk.kind is Kind.SYMLINK else disk.mode == row.entry.mode

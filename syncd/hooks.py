@@ -414,6 +414,10 @@ class _Tail:
             self._ended.set_result(None)
 
 
+_unreaped: list[subprocess.Popen[bytes]] = []
+"""Guards that ended, or will, after nobody could wait for them any more: each next one that starts reaps them."""
+
+
 class _Run:
     """One guard with its hook, and our ends of its pipes.
 
@@ -424,6 +428,7 @@ class _Run:
     """
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> None:
+        _unreaped[:] = [guard for guard in _unreaped if guard.poll() is None]
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             output, output_end = _pipe(ours, theirs)
             report, report_end = _pipe(ours, theirs)
@@ -469,6 +474,8 @@ class _Run:
         finally:
             self.output.close()
             self.report.close()
+            if self._guard.poll() is None:
+                _unreaped.append(self._guard)
 
     def _end_orphans(self) -> None:
         """End the hook's group where its guard was killed and could not."""

@@ -17,7 +17,7 @@ from syncd.agenda import Agenda
 from syncd.announce import Announcer
 from syncd.commit import Committer
 from syncd.concurrency import run_together
-from syncd.errors import SafetyHalt, SyncdError, UsageError
+from syncd.errors import SafetyHalt, StoreFull, SyncdError, UsageError
 from syncd.index import Index
 from syncd.outlet import Outlet, PublishOptions, PushResult, Wish
 from syncd.retry import backoff
@@ -264,6 +264,10 @@ class Publisher:
         try:
             await self._outlet.publish(touched, result, wish, progress)
         except SafetyHalt:
+            await self._outlet.tidy()
+            raise
+        except StoreFull:  # what it left may be all that is in the way of the next one
+            self._outlet.doubt()
             await self._outlet.tidy()
             raise
         except SyncdError:

@@ -4,6 +4,7 @@ Rules kept here:
  * a generation goes when it is not among the newest ``keep_generations``, or was replaced more than ``keep_days`` ago;
    never the newest, never one that a channel points at, never within the grace time after it was replaced;
  * a blob goes when nothing kept reaches it, and has reached it for the grace time: a reader in flight is not cut off;
+ * ages are counted by the server's clock alone: the publisher's may be wrong, or set right in between;
  * what is removed is forgotten first. A crash in between sends a blob again that is still there, never the reverse.
 """
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from syncd.index.blobs import Blobs
     from syncd.outlet import PublishOptions
     from syncd.service import FolderThread
-    from syncd.store.base import Bucket
+    from syncd.store.base import Bucket, BucketState
 
 log = structlog.get_logger()
 
@@ -124,13 +125,14 @@ class Retention:
         """Collect when it is time to, and something can have become loose; tell whether packs are to be packed anew."""
         now = self._clock()
         pause = min(COLLECT_SECONDS, max(1.0, self._options.grace_seconds))
-        if not self._next:
+        if not self._next or self._next - now > pause:  # the first time, or the clock was set back
             self._next = now + pause
         if now < self._next:
             return False
         self._next = now + pause
         history = await self._history()
-        if frozenset(history.generations) == self._clean and not self._expired(history):
+        now = self._time(await self._bucket.state())
+        if frozenset(history.generations) == self._clean and not self._expired(history, now):
             return False
         return bool((await self.collect(dry_run=False)).repacked)
 
@@ -142,11 +144,11 @@ class Retention:
         state = await self._bucket.state()
         found = Collected(size=state.size, size_after=state.size)
         history = await self._history()
-        gone = self._expired(history)
+        now = self._time(state)
+        gone = self._expired(history, now)
         found.generations_removed = len(gone)
         found.generations_kept = len(history.generations) - len(gone)
         await self._mark([info for number, info in history.generations.items() if number not in gone])
-        now = self._clock()
         due, stray = await self._sweep(found, history, now, dry_run=dry_run)
         if dry_run:
             return found
@@ -179,6 +181,10 @@ class Retention:
             )
         return found
 
+    def _time(self, state: BucketState) -> float:
+        """Return what a server's clock shows, seconds since the epoch; ours where it does not say."""
+        return state.now_ns / 1e9 if state.now_ns else self._clock()
+
     # -- generations -------------------------------------------------------------------------------------------------
 
     async def _history(self) -> _History:
@@ -196,7 +202,7 @@ class Retention:
                     history.generations[number] = item
         return history
 
-    def _expired(self, history: _History) -> frozenset[int]:
+    def _expired(self, history: _History, now: float) -> frozenset[int]:
         numbers = sorted(history.generations)
         after = dict(pairwise(numbers))
         aged = [
@@ -211,7 +217,7 @@ class Retention:
                 keep=options.keep_generations,
                 days=options.keep_days,
                 grace=options.grace_seconds,
-                now=self._clock(),
+                now=now,
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from syncd.errors import FolderTaken, SafetyHalt, SyncdError
@@ -11,10 +12,13 @@ from syncd.retry import backoff, is_transient
 from syncd.status import FolderState
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from syncd.agenda import Agenda
     from syncd.status import Allowance, StatusKeeper
+
+SHOWN_SECONDS = 1.0
+"""A round for hints is over before anybody could look; one that takes longer, because the server is away, is shown."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -70,7 +74,8 @@ async def keep_rounds(
         if paths is None or status.now.state is not FolderState.IN_SYNC:
             status.set(state=FolderState.SYNCING)
         try:
-            result = await round_(paths, halted and allowance.given())
+            with _shown_when_long(status):
+                result = await round_(paths, halted and allowance.given())
         except SafetyHalt as halt:
             if status.now.error != halt.message:
                 log.error("safety_halt", reason=halt.message)
@@ -95,3 +100,12 @@ async def keep_rounds(
             # A word that was given while nothing was held must not count for a later plan.
             await asyncio.to_thread(allowance.clear)
             await finish(result)
+
+
+@contextmanager
+def _shown_when_long(status: StatusKeeper) -> Iterator[None]:
+    show = asyncio.get_running_loop().call_later(SHOWN_SECONDS, lambda: status.set(state=FolderState.SYNCING))
+    try:
+        yield
+    finally:
+        show.cancel()

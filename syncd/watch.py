@@ -44,7 +44,7 @@ MAX_PENDING = 10_000
 STABLE_SECONDS = 60.0
 """Watching that lasted so long was a success: the backoff begins anew."""
 
-_DEBOUNCE_MS = 200
+_DEBOUNCE_MS = 10  # while it never gets quiet, hints come in batches so far apart (agenda.py: BURST_GAP_SECONDS)
 _RUST_TIMEOUT_MS = 300
 _POLL_DELAY_MS = 2000  # 50,000 files cost 7 % of a core
 _ROOT_CHECK_SECONDS = 1.0

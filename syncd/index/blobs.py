@@ -167,13 +167,16 @@ class Blobs:
         return [digest for digest in left if _raw(digest) not in found]
 
     def since(self, digests: Iterable[str], now: float) -> dict[str, float]:
-        """Return when each blob was first found unreached; for those that are found so now: now, which is noted."""
+        """Return when each blob was first found unreached; for those that are found so now: now, which is noted.
+
+        :param now: seconds since the epoch, by the server's clock.
+        """
         found: dict[str, float] = {}
         with self._db.transaction():
             for digest in digests:
                 row = self._db.row("SELECT since FROM blob WHERE digest = ?", (_raw(digest),))
                 since = float(row[0]) if row is not None else 0.0
-                if not since:
+                if not since or since > now:  # by a clock that was ahead
                     since = now
                     self._db.run(
                         "INSERT INTO blob VALUES (?, 0, ?) ON CONFLICT(digest) DO UPDATE SET since = excluded.since",
@@ -188,7 +191,7 @@ class Blobs:
             known = json.loads(self._db.note(STRAYS, "{}"))
         except ValueError:
             known = {}
-        found = {nuid: float(known.get(nuid, now)) for nuid in islice(nuids, MAX_STRAYS)}
+        found = {nuid: min(now, float(known.get(nuid, now))) for nuid in islice(nuids, MAX_STRAYS)}
         self._db.set_note(STRAYS, json.dumps(found))
         return found
 

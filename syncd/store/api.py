@@ -277,4 +277,5 @@ def read_state(bucket: str, info: Mapping[str, Any]) -> BucketState:
         republished=config.get("republish") == republish_of(bucket),
         ttl_messages=bool(config.get("allow_msg_ttl")),
         atomic=bool(config.get("allow_atomic")),
+        now_ns=wire.parse_time(str(info.get("ts", ""))),
     )

@@ -84,6 +84,7 @@ class BucketState:
     :ivar created: the stream's creation time, an opaque string: another value means another bucket of that name.
     :ivar last_seq: the stream's last sequence; lower than one seen before means restored from an old backup.
     :ivar size: bytes stored, metadata and old chunks included.
+    :ivar now_ns: the server's clock, nanoseconds since the epoch; 0 where it does not say (before 2.10).
     """
 
     created: str
@@ -97,6 +98,7 @@ class BucketState:
     republished: bool
     ttl_messages: bool
     atomic: bool
+    now_ns: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,8 @@ ROOM_FOR_HEADERS: Final = 64 * 1024
 PENDING_BYTES: Final = 16 << 20
 FLUSH_SECONDS: Final = 10
 CLOSE_SECONDS: Final = 1.5
-CANCEL_SECONDS: Final = 0.2
+CANCEL_SECONDS: Final = 2.0
+"""More than ending a connection takes, which a second cancellation would cut short."""
 MAX_CONTROL_LINE: Final = 4096
 """The server's default; a longer line makes it close the connection under everybody who uses it."""
 
@@ -711,8 +712,8 @@ class Connection:
             if flush is not None:
                 await asyncio.wait({flush}, timeout=CLOSE_SECONDS)
         finally:
-            while not self._task.done():  # bounded: _supervise waits for nothing but dispose()
-                self._task.cancel()  # once is not enough: connect() of nats-py can take a cancellation for a failure
+            while not self._task.done():  # bounded: _supervise sees that it is closed, and waits only for dispose()
+                self._task.cancel()
                 await asyncio.wait({self._task}, timeout=CANCEL_SECONDS)
             self._notify()
             if flush is not None:
@@ -739,6 +740,8 @@ class Connection:
                 self._note_disconnected(link)
                 if loop.time() - began >= STEADY_SECONDS:
                     waits = backoff(RETRY_FIRST, RETRY_CAP, rng=self._rng)
+            if self._closed:  # connect() of nats-py can take the cancellation by close() for a failure
+                return
             await asyncio.sleep(next(waits))
 
     async def _connect(self, server: _Server) -> _Link:

@@ -312,6 +312,7 @@ def _state(stream: _Stream) -> BucketState:
         republished=True,
         ttl_messages=True,
         atomic=True,
+        now_ns=time.time_ns(),
     )
 
 

@@ -389,6 +389,17 @@ async def test_a_link_has_metadata_of_its_own(bucket: Bucket) -> None:
     assert (dict(info.metadata), info.size, info.chunks, info.sha256) == ({}, 0, 0, EMPTY_SHA256)
 
 
+@pytest.mark.fault("N9")
+async def test_the_state_tells_the_servers_time(bucket: Bucket) -> None:
+    """The clock that objects are dated by."""
+    before = await bucket.state()
+    await bucket.put_link("l", Link("b", "one"))
+    after = await bucket.state()
+    info = await bucket.get_info("l")
+    assert info is not None
+    assert before.now_ns <= info.mtime_ns <= after.now_ns
+
+
 @pytest.mark.fault("R9")
 async def test_a_link_over_what_somebody_else_wrote_is_refused(bucket: Bucket) -> None:
     """Fenced as objects are: by the sequence that was read, also that of a tombstone, and 0 for nothing."""

@@ -56,8 +56,9 @@ async def test_after_each_apply_the_mirror_is_exactly_a_committed_tree(
 
     async def commit() -> None:
         for number in range(COMMITS):
+            before = len(publisher.events("committed"))
             await asyncio.to_thread(storm, number)
-            await asyncio.sleep(0.03)
+            await eventually(lambda before=before: len(publisher.events("committed")) > before)
         over.set()
 
     async def read() -> None:

@@ -841,7 +841,7 @@ async def test_closing_waits_for_a_callback_that_tidies_up(serve: Serve, connect
         try:
             await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.5)
             tidied.set()
 
     await client.subscribe("slow", cb=slow)
@@ -997,5 +997,5 @@ async def test_a_swallowed_cancellation_does_not_keep_close_waiting(monkeypatch:
     connection = Connection(ConnectionOptions(servers=("nats://127.0.0.1:1",), name="test"))
     await connection.start()
     await trying.wait()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(1):
         await connection.close()

@@ -328,8 +328,7 @@ async def test_fifty_readers_of_a_storm_on_one_name(site: Site, layout: str) -> 
 # -- S4: a checkout of thousands of files ------------------------------------------------------------------------------
 
 FILES = 1500
-FEW = 12
-UNPACED = "what has settled is published at once, however much more is on its way"
+FEW = 5
 
 
 def checkout(source: Path, text: str, *, seconds: float = 0.0) -> None:
@@ -344,11 +343,10 @@ def checkout(source: Path, text: str, *, seconds: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 2.0], ids=["as fast as it goes", "two seconds"])
-@pytest.mark.xfail(reason=UNPACED, strict=False)
 @pytest.mark.fault("S4")
 async def test_a_checkout_is_a_few_generations(site: Site, seconds: float) -> None:
     """Into an empty source, and over what is there: what belongs together is not cut into hundreds."""
-    async with running(site.publisher(settle_seconds=0.05, rescan_seconds=NEVER).run()) as task:
+    async with running(site.publisher(rescan_seconds=NEVER).run()) as task:
         before = 0
         for text in ("", "one", "two"):
             if text:
@@ -399,7 +397,6 @@ async def test_without_events_the_timer_finds_what_changed(
         await until(equal, beside=publisher)
         (tree / "d/new").unlink()
         (tree / "f").write_text("somebody else's")
-        assert not equal()
         await until(equal, beside=mirror)
 
 

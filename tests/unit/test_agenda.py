@@ -133,3 +133,55 @@ async def test_paths_that_were_not_quiet_come_again_later_and_later(agenda: Agen
         waits.append(round(clock.now - started, 2))
     assert waits == sorted(waits)
     assert 4.9 <= waits[-1] <= 5.1
+
+
+# -- bursts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("S4")
+async def test_a_checkout_is_due_once_and_whole(agenda: Agenda, clock: Clock) -> None:
+    """Two seconds of new paths, each long quiet when the last one comes: nothing before the tree is quiet."""
+    for number in range(200):
+        agenda.hint([f"f{number}"])
+        clock.now += 0.01
+        assert await due(agenda) == "nothing"
+    clock.now += 0.45
+    assert await due(agenda) == "nothing"
+    clock.now += 0.05
+    assert await due(agenda) == frozenset(f"f{number}" for number in range(200))
+
+
+async def test_changes_that_wait_for_each_other_are_no_burst(agenda: Agenda, clock: Clock) -> None:
+    """Each is due after the settle time, however many there were."""
+    for number in range(200):
+        agenda.hint([f"f{number}"])
+        clock.now += 0.049
+        assert await due(agenda) == "nothing"
+        clock.now += 0.002
+        assert await due(agenda) == frozenset({f"f{number}"})
+
+
+async def test_a_burst_that_never_ends_is_due_all_the_same(agenda: Agenda, clock: Clock) -> None:
+    """After twenty of the longest settle times, and again after as many."""
+    taken = []
+    for number in range(4500):
+        agenda.hint([f"f{number}"])
+        clock.now += 0.01
+        if await due(agenda) != "nothing":
+            taken.append(number // 100)
+    assert taken == [20, 40]
+
+
+@pytest.mark.fault("S2")
+async def test_a_constant_writer_makes_no_burst(agenda: Agenda, clock: Clock) -> None:
+    """Beside one that writes a path every 10 ms, another path is due when it has settled."""
+    for number in range(500):
+        agenda.hint(["log"])
+        if number == 300:
+            agenda.hint(["edited"])
+        clock.now += 0.01
+        found = await due(agenda)
+        if isinstance(found, frozenset) and "edited" in found:
+            assert number in (304, 305, 306)
+            return
+    pytest.fail("the edited path was never due")

@@ -16,17 +16,20 @@ from syncd.channels import Channels, KeyChange, KeySets, read_keys
 from syncd.errors import FolderTaken, LayoutMismatch, ObjectGone, SafetyHalt, StoreFull, StoreTimeout
 from syncd.model import Kind
 from syncd.moves import move_metadata, read_move
-from syncd.nodes import Generation, NodeRef
+from syncd.nodes import Generation, NodeRef, digest_of
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
 from syncd.retention import Retention
 from syncd.rules import Rules
 from syncd.signatures import Signer, generate
 from syncd.status import FolderStatus, StatusKeeper
+from syncd.store import memory
 from syncd.store.base import CHANNELS, HEAD, NUID_PREFIX, BadMeta, BucketSpec, Link, ObjectMeta, SmallPut
+from syncd.store.codec import Codec
 from syncd.store.memory import MemoryStore
 from syncd.trees import Commit, TreeReader, generation_name
 from syncd.trust import Trust
+from tests.support.clocks import ServerClock
 
 DAY = 86400.0
 
@@ -101,8 +104,10 @@ class Shelf:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(tmp_path)
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
+    shelf = Shelf(tmp_path)
+    monkeypatch.setattr(memory, "time", ServerClock(lambda: shelf.now))
+    return shelf
 
 
 def write(path: Path, data: str | bytes = "x") -> Path:
@@ -505,6 +510,31 @@ async def test_a_full_bucket_keeps_the_head(shelf: Shelf) -> None:
     (shelf.source / "b").unlink()
     write(shelf.source / "c", os.urandom(1000))
     assert (await shelf.push()).generation == 2
+    assert await shelf.tree() == shelf.disk()
+
+
+@pytest.mark.fault("N5")
+async def test_what_a_failed_publish_left_is_collected_although_nothing_fits(shelf: Shelf) -> None:
+    """A bucket that is full to the brim of blobs that nothing reaches: after the grace time it goes on by itself."""
+    shelf.options |= {"bucket": BucketSpec(max_bytes=1_000_000), "grace_seconds": 1.0, "settle_seconds": 0.01}
+    await shelf.push()
+    bucket = shelf.store.bucket("app")
+    async with bucket.blob_sink() as sink:
+        while (await bucket.state()).size < 940_000:
+            content = os.urandom(50_000)
+            await sink.put(digest_of(content), Codec().encode(content))
+            await sink.flush()
+    write(shelf.source / "small", "waits for room")
+    running = asyncio.create_task(shelf.publisher().run())
+    try:
+        async with asyncio.timeout(60):
+            while (await shelf.head()).generation.number < 2:
+                assert not running.done()
+                shelf.now += 0.1
+                await asyncio.sleep(0.01)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
     assert await shelf.tree() == shelf.disk()
 
 

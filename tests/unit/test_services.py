@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from syncd import agenda as agendas
+from syncd import service
+from syncd.agenda import Agenda
 from syncd.errors import FolderTaken, SafetyHalt
 from syncd.outlet import PublishOptions
 from syncd.paths import subject_token
 from syncd.publisher import Publisher
 from syncd.rules import Rules
-from syncd.status import FolderStatus, StatusKeeper
+from syncd.status import Allowance, FolderState, FolderStatus, StatusKeeper
 from syncd.store.base import BucketSpec, Link, ObjectMeta, SmallPut
 from syncd.store.memory import MemoryStore
 from syncd.subscriber import SubscribeOptions, Subscriber
@@ -580,3 +583,50 @@ async def test_a_large_file_of_a_new_size_is_hashed_while_it_is_sent(world: Worl
     assert (await world.push()).uploaded_bytes == 0
     await world.pull()
     assert difference(world.source, world.mirror) == {}
+
+
+# -- the loop of rounds ------------------------------------------------------------------------------------------------
+
+
+async def test_a_round_that_takes_long_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hints are looked at unseen; when that lasts, as with a server that is away, nobody reads "in_sync" any more."""
+    monkeypatch.setattr(service, "SHOWN_SECONDS", 0.05)
+    monkeypatch.setattr(agendas, "MIN_QUIET_SECONDS", 3600.0)
+    states: list[FolderState] = []
+    status = StatusKeeper(
+        FolderStatus("publish", "app", "/"), clock=time.time, report=lambda now: states.append(now.state)
+    )
+    agenda = Agenda(settle=0.0, rescan=3600.0)
+    go_on = asyncio.Event()
+
+    async def round_(paths: frozenset[str] | None, _allowed: bool) -> None:
+        if paths == frozenset({"slow"}):
+            await go_on.wait()
+
+    async def finish(_result: None) -> None:
+        agenda.done(0.0)
+        status.in_sync()
+
+    rounds = asyncio.create_task(
+        service.keep_rounds(
+            agenda, round_, finish, status=status, allowance=Allowance(), broken=lambda: False, rescan=3600.0, log=None
+        )
+    )
+    try:
+        async with asyncio.timeout(10):
+            while status.now.state is not FolderState.IN_SYNC:
+                await asyncio.sleep(0.001)
+            states.clear()
+            agenda.hint(["quick"])
+            while not states:  # its last_sync
+                await asyncio.sleep(0.001)
+            assert set(states) == {FolderState.IN_SYNC}
+            agenda.hint(["slow"])
+            while status.now.state is not FolderState.SYNCING:
+                await asyncio.sleep(0.001)
+            go_on.set()
+            while status.now.state is not FolderState.IN_SYNC:
+                await asyncio.sleep(0.001)
+    finally:
+        rounds.cancel()
+        await asyncio.gather(rounds, return_exceptions=True)

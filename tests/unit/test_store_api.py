@@ -120,6 +120,20 @@ def test_odd_values_in_a_state_are_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("told", "now_ns"),
+    [
+        ({"ts": "2026-11-21T16:10:59.5Z"}, 1_795_277_459_500_000_000),
+        ({}, 0),
+        ({"ts": "soon"}, 0),
+        ({"ts": 17}, 0),
+    ],
+)
+def test_a_server_that_does_not_tell_its_time(told: dict[str, object], now_ns: int) -> None:
+    """Servers before 2.10 say nothing."""
+    assert read_state("B", told).now_ns == now_ns
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [("17", 17), ("", 0), ("-1", 0), ("x", 0), ("٣", 0), ("9" * 25, 0)],
 )
