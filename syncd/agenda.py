@@ -170,16 +170,19 @@ class Agenda:
         while True:
             now = self._now()
             self._wake.clear()
-            if now >= self._earliest():
-                if now >= self._full_at or (self._halted and self._allowed()):
-                    self._take_all()
-                    return None
-                ready = frozenset(path for path in self._hints if self._ready_at(path) <= now)
-                if ready and self._halted:
-                    self._take_all()
-                    return None
-                if ready:
-                    return self._take(ready)
+            earliest = max(self._hold_until, self._burst.calm_at(self.settle))
+            if now < earliest:  # hints that come meanwhile cost nothing, however many there are
+                await self._sleep_until(earliest)
+                continue
+            if now >= self._full_at or (self._halted and self._allowed()):
+                self._take_all()
+                return None
+            ready = frozenset(path for path in self._hints if self._ready_at(path) <= now)
+            if ready and self._halted:
+                self._take_all()
+                return None
+            if ready:
+                return self._take(ready)
             await self._sleep_until(self._next_time(now))
 
     def _take_all(self) -> None:
@@ -198,11 +201,7 @@ class Agenda:
 
     def _next_time(self, now: float) -> float:
         next_time = min([self._full_at, *map(self._ready_at, self._hints)])
-        next_time = max(next_time, self._earliest())
         return min(next_time, now + ALLOW_POLL_SECONDS) if self._halted else next_time
-
-    def _earliest(self) -> float:
-        return max(self._hold_until, self._burst.calm_at(self.settle))
 
     async def _sleep_until(self, when: float) -> None:
         try:
