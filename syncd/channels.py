@@ -63,6 +63,7 @@ from syncd.trust import (
     encode_keys,
     follow,
     keys_name,
+    seconds_of,
     start_at,
     statement_of,
 )
@@ -75,6 +76,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MAX_KEY_SETS: Final = 1000
+MAX_TERM: Final = 36_500 * 86_400.0
+"""Seconds that a move may be good for, when it does not say never."""
 """Key sets that are looked at: whoever may write to the bucket could make any number."""
 WALK_AT_ONCE: Final = 64
 FETCH_AT_ONCE: Final = 64
@@ -132,6 +135,15 @@ def next_count(info: ObjectInfo | None, *, folder: str, channel: str) -> int:
     if move.count >= MAX_NEXT_COUNT:
         raise _no_count(channel, f"has the count {move.count}, which nobody honest counted up to")
     return move.count + 1
+
+
+def term_of(info: ObjectInfo | None) -> float:
+    """Return for how many seconds a channel's present move is good; 0: without an end, or nothing readable is said."""
+    move = read_move(info.metadata.get(MOVE, "")) if info is not None else None
+    if move is None or not move.expires:
+        return 0.0
+    begin, end = seconds_of(move.at), seconds_of(move.expires)
+    return min(MAX_TERM, max(0.0, end - begin)) if begin is not None and end is not None else 0.0
 
 
 def _no_count(channel: str, why: str) -> ObjectCorrupt:
@@ -217,7 +229,7 @@ class _Wish:
     who: str
     why: str
     signer: Signer | None
-    valid_seconds: float
+    valid_seconds: float | None
     count: int
 
 
@@ -248,12 +260,13 @@ class Channels:
         who: str,
         why: str = "",
         signer: Signer | None = None,
-        valid_seconds: float = 0,
+        valid_seconds: float | None = None,
         count: int = 0,
     ) -> Moved:
         """Point a channel at a generation, also at the one that it points at: that makes the move anew.
 
-        :param valid_seconds: how long until subscribers raise an alarm that nothing newer came; 0: never.
+        :param valid_seconds: how long until subscribers raise an alarm that nothing newer came; 0: never; ``None``: as
+            long as with the move before, so that going back does not end the watch over a channel by oversight.
         :param count: what the bucket says of the move before is missing or wrong: this is the count of this one.
         :raises UsageError: the head, which only commits move; or there is no such generation.
         :raises WriteConflict: somebody else moved the channel meanwhile; nothing was changed.
@@ -277,7 +290,7 @@ class Channels:
         who: str,
         why: str = "",
         signer: Signer | None = None,
-        valid_seconds: float = 0,
+        valid_seconds: float | None = None,
         count: int = 0,
     ) -> Moved:
         """Point a channel at an older generation: by default at the newest one before that which it points at.
@@ -406,6 +419,7 @@ class Channels:
             raise _no_generation(folder, wish.number)
         await require_whole(self._bucket, record.generation)
         now = self._clock()
+        term = term_of(place.info) if wish.valid_seconds is None else wish.valid_seconds
         move = Move(
             folder=folder,
             channel=channel,
@@ -415,7 +429,7 @@ class Channels:
             at=time_text(now),
             who=wish.who[:WHO_MAX],
             why=wish.why,
-            expires=time_text(now + wish.valid_seconds) if wish.valid_seconds else "",
+            expires=time_text(now + term) if term else "",
         )
         try:
             metadata = move_metadata(move, wish.signer)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from syncd import logs, oneshot
-from syncd.channels import Channels, KeyChange, KeySets, sign_generation
+from syncd.channels import MAX_TERM, Channels, KeyChange, KeySets, sign_generation
 from syncd.errors import EXIT_OK, DiskProblem, UsageError
 from syncd.history import History
 from syncd.paths import printable
@@ -137,9 +137,9 @@ def _move_options(command: Command) -> Command:
         _seed_option,
         click.option(
             "--valid-days",
-            type=click.FloatRange(min=0, max=36_500, min_open=True),
+            type=click.FloatRange(min=0, max=MAX_TERM / DAY),
             metavar="DAYS",
-            help="After so long without a newer move, subscribers raise an alarm.",
+            help="After so long without a newer move, subscribers raise an alarm; 0: never. Unless given: as before.",
         ),
         click.option(
             "--count",
@@ -231,7 +231,7 @@ def _moved(
         "who": who_moves(settings),
         "why": wishes["why"],
         "signer": _signer(settings, folder, wishes["seed_file"]),
-        "valid_seconds": (wishes["valid_days"] or 0) * DAY,
+        "valid_seconds": None if wishes["valid_days"] is None else wishes["valid_days"] * DAY,
         "count": wishes["count"] or 0,
     }
 

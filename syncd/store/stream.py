@@ -154,6 +154,8 @@ class Stream:
 
         ``None``: that cannot be found out now.
         """
+        if self.api.conn.state != "connected":  # whoever sent it has waited for long enough
+            return None
         wanted = dict(written)
         found: dict[str, int] = {}
         subjects = list(wanted)

@@ -156,11 +156,10 @@ async def test_twenty_subscribers_come_back_after_a_restart_of_the_server(
 
 @pytest.mark.slow
 @pytest.mark.fault("W1 W2 S4")
-@pytest.mark.timeout(240)
 async def test_bursts_that_overrun_the_watcher_arrive_whole(
     tmp_path: Path, daemons: Daemons, nats_server: NatsServer, source: Path
 ) -> None:
-    """30,000 files, and 200 nested directories, made as fast as the disk allows; the timer is an hour away."""
+    """20,000 files, and 200 nested directories, made as fast as the disk allows; the timer is an hour away."""
     mirror = tmp_path / "mirror"
     slow = "rescan_seconds = 3600\n"
     daemons.start("p", publish(source, extra=slow))
@@ -175,9 +174,9 @@ async def test_bursts_that_overrun_the_watcher_arrive_whole(
     await equal_trees(source, mirror)
     for directory in range(30):
         (source / f"burst{directory}").mkdir()
-    for number in range(30_000):
+    for number in range(20_000):  # some 60,000 events; the kernel holds 16,384
         (source / f"burst{number % 30}/{number}").write_text(str(number))
-    await eventually(lambda: sum(1 for _ in mirror.glob("burst*/*")) == 30_000, 90)
+    await eventually(lambda: sum(1 for _ in mirror.glob("burst*/*")) == 20_000, 150)
     await equal_trees(source, mirror, 60)
 
 

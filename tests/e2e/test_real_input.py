@@ -22,7 +22,7 @@ from tests.support.trees import difference, eventually
 if TYPE_CHECKING:
     from tests.support.server import NatsServer
 
-PACKAGE, RELEASES = "Django", ("5.1", "5.1.1")
+PACKAGE, RELEASES = "Sphinx", ("8.1.2", "8.1.3")
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,6 @@ def contents(root: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.fault("N1 W6 M1 M5")
 async def test_a_standard_library_and_two_releases_of_a_package_on_two_mirrors(
     layout: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer, releases: list[Path]
@@ -139,9 +138,9 @@ async def test_a_standard_library_and_two_releases_of_a_package_on_two_mirrors(
     # Renames and deletes while the server is away.
     await nats_server.astop(kill=True)
     (source / "lib/json").rename(source / "lib/json-renamed")
-    (source / "app/django/contrib").rename(source / "contrib")
+    (source / "app/sphinx/builders").rename(source / "builders")
     shutil.rmtree(source / "lib/email")
-    shutil.rmtree(source / "app/django/conf/locale/af")
+    shutil.rmtree(source / "app/sphinx/locale/ar")
     (source / "lib/logging").rename(source / "lib/away")
     (source / "lib/away/handlers.py").rename(source / "lib/logging")
     await nats_server.astart()

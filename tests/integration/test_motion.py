@@ -38,7 +38,7 @@ from tests.support.trees import difference, root_digest
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
-DEADLINE = 30.0
+DEADLINE = 90.0
 NEVER = 3600.0
 MODES = pytest.mark.parametrize("mode", ["mirror", "release"])
 

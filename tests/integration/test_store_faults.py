@@ -387,6 +387,23 @@ async def test_a_server_killed_under_small_objects_stores_or_names_each(
     assert {name: stored.get(name) for name in said} == said
 
 
+@pytest.mark.fault("N1")
+async def test_while_a_server_is_gone_a_write_waits_once(
+    nats_server: NatsServer, bucket: NatsBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the time that a reconnect may take; what became of it is not asked of a server that is not there."""
+    monkeypatch.setattr(transport_module, "OFFLINE_SECONDS", 1.0)
+    await bucket.put_many([small("before", b"1")])
+    await nats_server.astop(kill=True)
+    began = time.monotonic()
+    (many,) = await bucket.put_many([small("x", b"1")])
+    with pytest.raises(Unavailable):
+        await bucket.put_meta(ObjectMeta("g"), EMPTY, expected_seq=None)
+    assert isinstance(many.error, Unavailable)
+    assert time.monotonic() - began < 8
+    await nats_server.astart()
+
+
 @pytest.mark.fault("N1 N4")
 async def test_a_server_that_stays_frozen_ends_every_call(
     nats_server: NatsServer, bucket: NatsBucket, monkeypatch: pytest.MonkeyPatch

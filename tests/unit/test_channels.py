@@ -10,6 +10,7 @@ import stat
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from syncd import channels as channels_module
 from syncd import cli as command_line
 from syncd import cli_channels, oneshot
 from syncd.channels import (
+    MAX_TERM,
     Channels,
     KeyChange,
     KeySets,
@@ -27,6 +29,7 @@ from syncd.channels import (
     require_whole,
     sign_generation,
     signature_text,
+    term_of,
 )
 from syncd.errors import (
     EXIT_CONFIG,
@@ -191,6 +194,23 @@ async def test_a_move_may_end(bucket: MemoryBucket, channels: Channels) -> None:
     """So long after it was made."""
     await channels.promote(1, "stable", who=ANN, valid_seconds=86400)
     assert seconds_of((await move_of(bucket, "stable")).expires) == NOW + 86400
+
+
+async def test_a_move_is_good_for_as_long_as_the_one_before_unless_it_says(
+    bucket: MemoryBucket, channels: Channels
+) -> None:
+    """Going back in a hurry does not end the watch over a channel; what nobody honest wrote is no measure."""
+    for asked, seconds in [(None, 0), (60, 60), (None, 60), (90, 90), (None, 90), (0, 0), (None, 0)]:
+        await channels.promote(2, "stable", who=ANN, valid_seconds=asked)
+        expires = (await move_of(bucket, "stable")).expires
+        assert (seconds_of(expires) or NOW) - NOW == seconds
+    await channels.promote(2, "stable", who=ANN, valid_seconds=60)
+    await channels.rollback("stable", who=ANN)
+    assert seconds_of((await move_of(bucket, "stable")).expires) == NOW + 60
+    for at, expires in [(AT, "9999-12-31T23:59:59Z"), ("9999-12-31T23:59:59Z", AT)]:
+        forged = {MOVE: move_text(at=at, expires=expires)}
+        info = await link_of(bucket, "stable")
+        assert 0 <= term_of(replace(info, metadata=forged)) <= MAX_TERM
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a b", "-a", ".a", "a.b", "12", "x" * 65, "a\n", "ü", "*", "channels/x"])
@@ -1102,7 +1122,7 @@ def test_what_others_wrote_is_shown_without_harm(shell: Shell) -> None:
         (("promote", "app", "1", "--channel", "a/b"), EXIT_USAGE, "no name of a channel"),
         (("promote", "app", "1"), EXIT_USAGE, "Missing option '--channel'"),
         (("promote", "app", "1", "--channel", "s", "--why", "a\nb"), EXIT_USAGE, "control characters"),
-        (("promote", "app", "1", "--channel", "s", "--valid-days", "0"), EXIT_USAGE, "valid-days"),
+        (("promote", "app", "1", "--channel", "s", "--valid-days", "-1"), EXIT_USAGE, "valid-days"),
         (("promote", "plain", "1", "--channel", "s"), EXIT_USAGE, "objects layout"),
         (("promote", "none", "1", "--channel", "s"), 69, "does not exist"),
         (("promote", "app", "1", "--channel", "s", "--seed-file", "/nonexistent"), EXIT_CONFIG, "cannot be read"),
