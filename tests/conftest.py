@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +60,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ids = [one for mark in item.iter_markers(faults.IDS) for one in faults.split_ids(mark.args)]
         if ids:
             item.user_properties.append((faults.IDS, " ".join(ids)))
+    items[:] = spread(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def spread(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Order tests so that each worker begins with its share of the slow ones: at the end all have something to do.
+
+    ``--dist worksteal`` gives each worker one stretch of the list, and later takes from the ends of the others'.
+    """
+    if workers < 2:
+        return items
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = iter([item for item in items if not item.get_closest_marker("slow")])
+    ordered: list[pytest.Item] = []
+    for number in range(workers):
+        mine = slow[number::workers]
+        size = (len(items) - len(ordered)) // (workers - number)
+        ordered += [*mine, *islice(quick, max(0, size - len(mine)))]
+    return [*ordered, *quick]
 
 
 @pytest.hookimpl(wrapper=True)

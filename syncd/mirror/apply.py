@@ -70,6 +70,8 @@ _CODES = {
 }
 
 _NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
+_UNSEEN = Stat(-1, 0, 0, 0, 0)
+"""No file is like that."""
 _U_RWX = stat.S_IRWXU
 
 
@@ -360,6 +362,10 @@ class Apply:
         self._drifted[step.path] = None
         if not self._recovering:
             raise PathRefused("staged_missing", "its staged content is gone; it will be fetched again", at=step.path)
+        if found is not None and self._drift == "repair" and not stat.S_ISDIR(found.st_mode):
+            # Placed by us, and changed before it could be remembered: the comparison with the disk finds a drift of
+            # what is ours, not a file of somebody else that stands in the way for ever.
+            self._placed[step.path] = Placed(step.path, step.entry, _UNSEEN)
 
     def _content_is(self, entry: Entry, dir_fd: int, name: str, found: os.stat_result) -> bool:
         """Read a file that we cannot be certain of; tell whether it holds the entry's content."""

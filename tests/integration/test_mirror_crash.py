@@ -219,10 +219,14 @@ def test_a_journal_of_another_version_is_set_aside_and_reported(prepared: Prepar
         assert keeper.go(NEW).problems == []
 
 
+@pytest.mark.parametrize("policy", ["repair", "report", "keep"])
 @pytest.mark.fault("C1")
-def test_what_somebody_changed_after_the_crash_is_not_remembered_as_ours(prepared: Prepared) -> None:
-    """Even with size, time and mode as they should be: recovery reads what it cannot be certain of."""
-    prepared.crash("before_dir_meta")
+def test_what_somebody_changed_after_the_crash_is_not_remembered_as_it_is(prepared: Prepared, policy: str) -> None:
+    """Even with size, time and mode as they should be: recovery reads what it cannot be certain of.
+
+    Where drift is repaired, what was placed is ours all the same, and is like nothing on a disk: it has drifted.
+    """
+    prepared.crash("before_dir_meta", policy)
     victim = prepared.root / "a/changed"
     found = victim.stat()
     victim.write_text("NEW content, longer")
@@ -233,9 +237,12 @@ def test_what_somebody_changed_after_the_crash_is_not_remembered_as_ours(prepare
     os.utime(touched, ns=(found.st_mtime_ns, found.st_mtime_ns))
     (prepared.root / "m").unlink()
     with Mirror.open(prepared.root) as mirror:
-        placed = {done.path for done in mirror.recover()}
-    assert {"a/added", "new_dir/n", "l"} <= placed
-    assert not {"a/changed", "a/touched", "m"} & placed
+        placed = {done.path: done for done in mirror.recover()}
+    assert {"a/added", "new_dir/n", "l"} <= set(placed)
+    assert not {"a/touched", "m"} & set(placed)
+    assert ("a/changed" in placed) == (policy == "repair")
+    if policy == "repair":
+        assert placed["a/changed"].stat not in {None, lstat(victim)}
     assert victim.read_text() == "NEW content, longer"
 
 

@@ -719,7 +719,7 @@ class Shell:
 
 VOLATILE = (
     (re.compile(r"\b(\d+[smhd] ago|never)\b"), "AGO"),
-    (re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "TIME"),
+    (re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"), "TIME"),
     (re.compile(r"^generation \d+, tree [0-9a-f]{12}\b"), "generation N, tree DIGEST"),
     (re.compile(r"\bAGO (\d+|-) (?=\d+ \d+ )"), "AGO N "),
     (re.compile(r"^(\S+: generation .*?)[\d.]+ ([KMG]i)?B (uploaded|downloaded)\b"), r"\1SIZE \3"),
