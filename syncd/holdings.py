@@ -208,17 +208,25 @@ class Holdings:
         return len(orphans), len(damaged)
 
     async def free_garbage(self) -> None:
-        """Free chunks whose grace time is over."""
+        """Free chunks whose grace time is over.
+
+        They are forgotten first: a crash in between leaves chunks that the next audit finds, never a memory of chunks
+        that are gone, which the next put of the same content would announce.
+        """
         before = self._clock() - self._options.grace_seconds
         due = await self._thread.run(lambda: self._index.due_garbage(before))
         if not due:
             return
         used = await self._thread.run(lambda: self._index.nuids(due))
-        for nuid in due:
-            if nuid not in used:
-                await self._bucket.remove_chunks(nuid)
-        crash_point("garbage_freed")
         await self._thread.run(lambda: self._index.drop_garbage(due))
+        try:
+            for nuid in due:
+                if nuid not in used:
+                    await self._bucket.remove_chunks(nuid)
+        except SyncdError:
+            self.doubt()
+            raise
+        crash_point("garbage_freed")
         self._log.info("chunks_freed", nuids=len(due) - len(used))
 
     def discard(self, replaced: Iterable[RemoteRow]) -> None:

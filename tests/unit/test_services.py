@@ -13,14 +13,14 @@ import pytest
 from syncd import agenda as agendas
 from syncd import service
 from syncd.agenda import Agenda
-from syncd.errors import FolderTaken, SafetyHalt
+from syncd.errors import FolderTaken, SafetyHalt, Unavailable
 from syncd.outlet import PublishOptions
 from syncd.paths import subject_token
 from syncd.publisher import Publisher
 from syncd.rules import Rules
 from syncd.status import Allowance, FolderState, FolderStatus, StatusKeeper
 from syncd.store.base import BucketSpec, Link, ObjectMeta, SmallPut
-from syncd.store.memory import MemoryStore
+from syncd.store.memory import MemoryBucket, MemoryStore
 from syncd.subscriber import SubscribeOptions, Subscriber
 from tests.support.trees import difference
 
@@ -416,6 +416,35 @@ async def test_replaced_content_is_freed_after_the_grace_time_and_not_before(wor
     await world.push()
     assert await nuids() == 2
     await world.pull()
+    assert difference(world.source, world.mirror) == {}
+
+
+@only("objects")
+@pytest.mark.parametrize("end", [asyncio.CancelledError, Unavailable], ids=["crash", "failure"])
+async def test_content_that_was_freed_by_one_that_did_not_end_is_not_announced(
+    world: World, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
+    """The chunks are gone, and whoever removed them ended before it could say so: the next put sends them anew."""
+    now = time.time()
+    world.clock = lambda: now  # type: ignore[assignment]
+    write(world.source / "a", "one")
+    await world.push()
+    write(world.source / "a", "two")
+    await world.push()
+    now += 601
+    real = MemoryBucket.remove_chunks
+
+    async def removed(self: MemoryBucket, nuid: str) -> None:
+        await real(self, nuid)
+        raise end("the end")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryBucket, "remove_chunks", removed)
+        with pytest.raises(end):
+            await world.push()
+    write(world.source / "b", "one")
+    await world.push()
+    assert (await world.pull()).problems == []
     assert difference(world.source, world.mirror) == {}
 
 
