@@ -22,6 +22,7 @@ ALLOW_POLL_SECONDS = 0.5
 BURST_SHARE = 0.25
 """A burst must be followed by a quiet time of this share of its own duration."""
 BURST_MAX_SETTLE = 1.0
+"""Seconds; a longer settle time that is configured counts all the same."""
 BURST_GAP_SECONDS = 0.03
 """What is at most so far apart belongs together, however short the settle time; hints come late by some 10 ms."""
 BURST_MEMORY_SECONDS = 1.0
@@ -31,9 +32,9 @@ BURST_MEMORY_SECONDS = 1.0
 class Burst:
     """Many paths that change one after the other: a checkout, an unpacked archive, an installation.
 
-    Such a thing is one generation rather than hundreds (FAULTS S4), so the whole tree has to be quiet, and the longer
-    the burst has lasted, the longer. Whoever waits for each change to arrive before the next one never makes a burst:
-    a hint belongs to it only when it comes before the tree was quiet.
+    Such a thing is one generation rather than hundreds (docs/faults.md, S4), so the whole tree has to be quiet, and the
+    longer the burst has lasted, the longer. Whoever waits for each change to arrive before the next one never makes a
+    burst: a hint belongs to it only when it comes before the tree was quiet.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,10 @@ class Burst:
         self._seen: dict[str, float] = {}
 
     def hint(self, paths: Iterable[str], settle: float, now: float) -> None:
-        """Paths were hinted at."""
+        """Paths were hinted at.
+
+        :param settle: see :class:`Agenda`, seconds. ``now``: by the same clock as all other times here, seconds.
+        """
         fresh = False
         for path in paths:
             before = self._seen.pop(path, 0.0)  # the oldest stay in front

@@ -76,9 +76,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MAX_KEY_SETS: Final = 1000
+"""Key sets that are looked at: whoever may write to the bucket could make any number."""
 MAX_TERM: Final = 36_500 * 86_400.0
 """Seconds that a move may be good for, when it does not say never."""
-"""Key sets that are looked at: whoever may write to the bucket could make any number."""
 WALK_AT_ONCE: Final = 64
 FETCH_AT_ONCE: Final = 64
 

@@ -103,7 +103,7 @@ class Committer:
         self._log = log.bind(folder=options.folder, role="publish")
         self._head: Commit | None = None
         self._pointed: Commit | None = None
-        self._judged = 0
+        self._judged = self._foreign = 0  # sequences of the head's link that were looked at, and told
         self._last_seq = 0
         self._list_at = 0.0
         self._room: int | None = None
@@ -179,7 +179,9 @@ class Committer:
         move = read_move(pointed.move)
         now = self._clock()
         if not is_signed_by(pointed, self._options.signer):
-            self._log.warning("head_not_renewed", reason="its move is not signed by this publisher's key")
+            if pointed.seq != self._foreign:
+                self._log.warning("head_not_renewed", reason="its move is not signed by this publisher's key")
+            self._foreign = pointed.seq
             return
         term = self._options.expire_seconds
         due = move is None or is_expired(move.expires, now, slack=-term / 2)

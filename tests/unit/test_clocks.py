@@ -9,7 +9,9 @@ import pytest
 
 from syncd.channels import Channels
 from syncd.errors import Untrusted
-from syncd.outlet import PublishOptions
+from syncd.index import Index
+from syncd.index.blobs import Blobs
+from syncd.outlet import PublishOptions, PushResult, Wish
 from syncd.publisher import Publisher
 from syncd.rules import Rules
 from syncd.signatures import Signer, generate
@@ -146,6 +148,38 @@ async def test_generations_age_by_the_servers_clock(site: Site, off: float) -> N
     await site.collect()
     assert await site.numbers() == [4]
     assert (await site.pull()).generation == 4
+
+
+@pytest.mark.fault("N9")
+async def test_a_clock_that_is_set_back_delays_no_collection(site: Site) -> None:
+    """A service that was told by a clock a year ahead when to collect next does so when the grace time is over."""
+    site.publish = {"keep_generations": 1, "keep_days": 0.0, "grace_seconds": 60.0}
+    for number in range(2):
+        await site.push(f"version {number}")
+    site.off = YEAR
+    publisher = site.publisher()
+    publisher._clock = lambda: site.now + site.off
+    await publisher._open()
+    try:
+        for seconds, off in [(0, YEAR), (0, 0.0), (61, 0.0)]:
+            site.now, site.off = site.now + seconds, off
+            await publisher._round(None, PushResult(), Wish())
+    finally:
+        await publisher._close()
+    assert await site.numbers() == [2]
+
+
+@pytest.mark.fault("N9")
+def test_what_a_clock_ahead_noted_is_counted_from_now(tmp_path: Path) -> None:
+    """An index of before ages were the server's, or of before its clock was set right."""
+    index = Index(tmp_path / "index.db")
+    blobs = Blobs(index)
+    try:
+        for now, since in [(1000.0 + YEAR, 1000.0 + YEAR), (1000.0, 1000.0), (1030.0, 1000.0)]:
+            assert blobs.since(["ab" * 32], now) == {"ab" * 32: since}
+            assert blobs.strays_since(["nuid"], now) == {"nuid": since}
+    finally:
+        index.close()
 
 
 @BOTH

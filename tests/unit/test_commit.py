@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
+from structlog.testing import capture_logs
 
 from syncd.channels import Channels, KeyChange, KeySets, read_keys
 from syncd.errors import FolderTaken, LayoutMismatch, ObjectGone, SafetyHalt, StoreFull, StoreTimeout
 from syncd.model import Kind
 from syncd.moves import move_metadata, read_move
 from syncd.nodes import Generation, NodeRef, digest_of
-from syncd.outlet import PublishOptions
+from syncd.outlet import PublishOptions, PushResult, Wish
 from syncd.publisher import Publisher
 from syncd.retention import Retention
 from syncd.rules import Rules
@@ -536,6 +537,26 @@ async def test_what_a_failed_publish_left_is_collected_although_nothing_fits(she
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     assert await shelf.tree() == shelf.disk()
+
+
+async def test_a_head_that_somebody_else_moved_is_told_once(shelf: Shelf) -> None:
+    """Not in each round: it is not ours to renew, and stays so until the source changes."""
+    signer, other = Signer(generate()[0]), Signer(generate()[0])
+    shelf.options |= {"signer": signer, "expire_seconds": 60.0}
+    for text in ("one", "two"):
+        write(shelf.source / "a", text)
+        await shelf.push()
+    await Channels(shelf.store.bucket("app"), lambda: shelf.now).rollback(HEAD, to=1, who="somebody", signer=other)
+    publisher = shelf.publisher()
+    await publisher._open()
+    try:
+        with capture_logs() as logs:
+            for _ in range(3):
+                shelf.now += 40
+                await publisher._round(None, PushResult(), Wish())
+    finally:
+        await publisher._close()
+    assert [entry["event"] for entry in logs].count("head_not_renewed") == 1
 
 
 # -- retention ---------------------------------------------------------------------------------------------------------

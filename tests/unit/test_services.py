@@ -14,7 +14,7 @@ from syncd import agenda as agendas
 from syncd import service
 from syncd.agenda import Agenda
 from syncd.errors import FolderTaken, SafetyHalt, Unavailable
-from syncd.outlet import PublishOptions
+from syncd.outlet import PublishOptions, PushResult, Wish
 from syncd.paths import subject_token
 from syncd.publisher import Publisher
 from syncd.rules import Rules
@@ -446,6 +446,34 @@ async def test_content_that_was_freed_by_one_that_did_not_end_is_not_announced(
     await world.push()
     assert (await world.pull()).problems == []
     assert difference(world.source, world.mirror) == {}
+
+
+@only("objects")
+async def test_what_could_not_be_freed_is_found_and_freed_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was forgotten before it was to be removed: the next round looks, and does not wait for the hourly audit."""
+    now = time.time()
+    options = PublishOptions("app", world.source, Rules(), "here:/source", **world.publish_options())
+    publisher = Publisher(options, world.store, None, status=keeper("publish"), clock=lambda: now)
+    await publisher._open()
+
+    async def away(_self: MemoryBucket, _nuid: str) -> None:
+        raise Unavailable("the server is away")
+
+    try:
+        for text in ("one", "two"):
+            write(world.source / "a", text)
+            await publisher._round(None, PushResult(), Wish())
+        now += 601
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryBucket, "remove_chunks", away)
+            with pytest.raises(Unavailable):
+                await publisher._round(None, PushResult(), Wish())
+        for seconds in (0, 601):
+            now += seconds
+            await publisher._round(None, PushResult(), Wish())
+    finally:
+        await publisher._close()
+    assert sum([len(page) async for page in world.store.bucket("app").list_chunks()]) == 1
 
 
 @only("objects")
