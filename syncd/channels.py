@@ -1,120 +1,53 @@
-"""Moving channels, replacing trusted keys, and adding signatures: what a person does to a bucket of generations.
+"""Moving channels, and adding signatures to their moves: what a person does to a bucket of generations.
 
 Rules kept here:
  * every write is fenced by the sequence that was read: of two people the second is told who was first, and changes
    nothing;
  * a channel is moved only to a generation of which the bucket still has everything;
  * a move says who, when and why, and is counted; the count outlives the channel;
- * nothing is signed whose folder, channel, number or digest is not what it is said to be. Who else signed it is for
-   subscribers to judge (:mod:`syncd.trust`).
+ * nothing is signed whose folder, channel, number or digest is not what it is said to be.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
-from syncd.errors import BadSignatures, ObjectCorrupt, ObjectGone, SyncdError, UsageError, WriteConflict
-from syncd.index import Index
-from syncd.index.blobs import Blobs
-from syncd.model import Kind
+from syncd.errors import ObjectCorrupt, ObjectGone, SyncdError, UsageError, WriteConflict
 from syncd.moves import MAX_NEXT_COUNT, move_metadata, read_move, time_text
-from syncd.nodes import (
-    RECIPE_LEVELS,
-    Generation,
-    Node,
-    NodeRef,
-    Where,
-    decode_recipe,
-    decode_record,
-    digest_of,
-)
+from syncd.nodes import digest_of
 from syncd.paths import object_name, printable
-from syncd.relayout import is_blob
-from syncd.service import FolderThread
-from syncd.signatures import (
-    MAX_SIGNATURES,
-    Signer,
-    add_signature,
-    decode_signatures,
-    encode_signatures,
-    is_public,
-    signers,
-)
-from syncd.store.base import CHANNELS, CHUNK_SIZE, HEAD, BadMeta, Link, ObjectMeta, SmallPut, Stored
-from syncd.store.mapping import KEY_SET, KIND
-from syncd.trees import TreeReader, generation_name, number_of
+from syncd.records import good_signers, no_generation, read_record, signature_text
+from syncd.store.base import CHANNELS, HEAD, BadMeta, Link
+from syncd.trees import generation_name, number_of
 from syncd.trust import (
-    MAX_KEYS,
     MOVE,
     SIGNATURES,
     WHO_MAX,
-    KeySet,
     Move,
     Statement,
-    Trust,
     check_move,
-    decode_keys,
     decode_move,
-    encode_keys,
-    follow,
-    keys_name,
     seconds_of,
-    start_at,
-    statement_of,
 )
+from syncd.whole import require_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
 
+    from syncd.signatures import Signer
     from syncd.store.base import Bucket, ObjectInfo
 
 log = structlog.get_logger()
 
-MAX_KEY_SETS: Final = 1000
-"""Key sets that are looked at: whoever may write to the bucket could make any number."""
 MAX_TERM: Final = 36_500 * 86_400.0
 """Seconds that a move may be good for, when it does not say never."""
-WALK_AT_ONCE: Final = 64
-FETCH_AT_ONCE: Final = 64
 
 _NAME = re.compile(r"(?=.*[^0-9])[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 """A channel's name; never digits alone, which are a generation."""
-
-
-# -- records and signatures --------------------------------------------------------------------------------------------
-
-
-def signature_text(kind: Statement, data: bytes, *signer: Signer, before: str = "") -> str:
-    """Return the text of the signatures over a record.
-
-    :param signer: who signs; none leaves what was there.
-    :param before: the text that was there. What is no good signature in it goes.
-    :raises UsageError: there are as many as may be.
-    """
-    statement = statement_of(kind, data)
-    try:
-        signatures = tuple(one for one in decode_signatures(before) if signers(statement, (one,), {one.key}))
-    except BadSignatures:
-        signatures = ()
-    for one in signer:
-        signatures = add_signature(signatures, one.sign(statement))
-    if len(signatures) > MAX_SIGNATURES:
-        raise UsageError(f"it has {MAX_SIGNATURES} signatures already, which is the most")
-    return encode_signatures(signatures)
-
-
-def good_signers(kind: Statement, data: bytes, text: str) -> tuple[str, ...]:
-    """Return the keys whose signature over a record is good, whoever they are, sorted."""
-    try:
-        signatures = decode_signatures(text)
-    except BadSignatures:
-        return ()
-    return tuple(sorted(signers(statement_of(kind, data), signatures, {one.key for one in signatures})))
 
 
 def next_count(info: ObjectInfo | None, *, folder: str, channel: str) -> int:
@@ -416,7 +349,7 @@ class Channels:
         count = wish.count or next_count(place.info, folder=folder, channel=channel)
         record = await read_record(self._bucket, wish.number)
         if record is None:
-            raise _no_generation(folder, wish.number)
+            raise no_generation(folder, wish.number)
         await require_whole(self._bucket, record.generation)
         now = self._clock()
         term = term_of(place.info) if wish.valid_seconds is None else wish.valid_seconds
@@ -517,10 +450,6 @@ class Channels:
         )
 
 
-def _no_generation(folder: str, number: int) -> UsageError:
-    return UsageError(f"folder {folder!r} has no generation {number}", hint=f"see: syncd log {folder}")
-
-
 def _target(bucket: Bucket, info: ObjectInfo | None) -> int:
     """Return the number of the generation that a link points at; 0 for none of this bucket."""
     link = info.link if info is not None and not info.deleted else None
@@ -564,402 +493,4 @@ def _state(bucket: Bucket, info: ObjectInfo, numbers: Collection[int]) -> Channe
         expires=move.expires,
         signers=good_signers(Statement.MOVE, data, info.metadata.get(SIGNATURES, "")),
         problem=problem,
-    )
-
-
-# -- generations -------------------------------------------------------------------------------------------------------
-
-
-class Record(NamedTuple):
-    """A generation's object as it is.
-
-    :ivar info: its metadata.
-    :ivar data: the stored record.
-    """
-
-    info: ObjectInfo
-    data: bytes
-    generation: Generation
-
-    @property
-    def signers(self) -> tuple[str, ...]:
-        """Keys with a good signature over it, trusted or not."""
-        return good_signers(Statement.GENERATION, self.data, self.info.metadata.get(SIGNATURES, ""))
-
-
-async def read_record(bucket: Bucket, number: int) -> Record | None:
-    """Return a generation's object by its number, ``None`` where there is none (any more).
-
-    :raises ObjectCorrupt: its record is not readable, or not this folder's.
-    :raises ObjectGone: its content is gone.
-    """
-    info = await bucket.get_info(generation_name(number))
-    if info is None or info.deleted:
-        return None
-    data = await _content(bucket, info)
-    generation = decode_record(data)
-    if (generation.folder, generation.number) != (bucket.name, number):
-        raise ObjectCorrupt(
-            f"generation {number} holds the record of generation {generation.number} "
-            f"of folder {printable(generation.folder)!r}"
-        )
-    return Record(info, data, generation)
-
-
-async def sign_generation(bucket: Bucket, number: int, signer: Signer) -> bool:
-    """Add a signature to a generation; tell whether it is new.
-
-    :raises UsageError: there is no such generation.
-    :raises WriteConflict: somebody else wrote it meanwhile; try again.
-    """
-    record = await read_record(bucket, number)
-    if record is None:
-        raise _no_generation(bucket.name, number)
-    return await _sign_object(bucket, record.info, Statement.GENERATION, record.data, signer)
-
-
-async def _sign_object(bucket: Bucket, info: ObjectInfo, kind: Statement, data: bytes, signer: Signer) -> bool:
-    before = info.metadata.get(SIGNATURES, "")
-    if signer.public in good_signers(kind, data, before):
-        return False
-    text = signature_text(kind, data, signer, before=before)
-    meta = ObjectMeta(info.name, info.description, info.headers, {**info.metadata, SIGNATURES: text})
-    stored = Stored(info.nuid, info.chunks, info.size, digest_of(data), info.sha256, info.chunk_size)
-    try:
-        await bucket.put_meta(meta, stored, expected_seq=info.seq)
-    except WriteConflict as error:
-        raise WriteConflict(f"somebody else wrote {info.name} meanwhile", hint="try again") from error
-    return True
-
-
-async def _content(bucket: Bucket, info: ObjectInfo) -> bytes:
-    """Return the content of an object of one chunk.
-
-    :raises ObjectGone, ObjectCorrupt: it cannot be had.
-    """
-    if info.size > CHUNK_SIZE:
-        raise ObjectCorrupt(f"{printable(info.name)} has {info.size} bytes")
-    async for _, data in bucket.download_many([info]):
-        if isinstance(data, Exception):
-            raise data
-        return data
-    raise ObjectGone(f"the content of {printable(info.name)} is gone")
-
-
-async def require_whole(bucket: Bucket, generation: Generation) -> None:
-    """Check that a bucket still has everything that a generation is made of, reading its nodes and recipes only.
-
-    Memory is bounded: what the bucket lists, and what was visited, is kept in a temporary database.
-
-    :raises ObjectGone: a blob was collected.
-    :raises ObjectCorrupt: a node or recipe cannot be read.
-    """
-    walk = _Walk(bucket)
-    try:
-        await walk.run(generation.root)
-    except ObjectGone as error:
-        raise ObjectGone(
-            f"blobs of generation {generation.number} were collected: {error.message}",
-            hint="choose a newer one; what is kept, keep_generations and keep_days of the publisher say",
-        ) from error
-    except ObjectCorrupt as error:
-        raise ObjectCorrupt(f"generation {generation.number} cannot be read: {error.message}") from error
-    finally:
-        await walk.close()
-
-
-class _Walk:
-    """Goes through a tree's nodes and recipes, and compares what they name with what the bucket lists."""
-
-    def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
-        self._index = Index(None)
-        self._blobs = Blobs(self._index)
-        self._thread = FolderThread(f"whole-{bucket.name}")
-        self._reader = TreeReader(bucket)
-
-    async def close(self) -> None:
-        """Forget everything; also while this task is being cancelled."""
-        await self._thread.close(self._index.close)
-
-    async def run(self, root: NodeRef) -> None:
-        """Go through all of it.
-
-        :raises ObjectGone, ObjectCorrupt: something cannot be had.
-        """
-        async for page in self._bucket.list_chunks():
-            listed = [name for name in page if is_blob(name)]
-            await self._thread.run(partial(self._blobs.reach, listed))  # "reached" are here those that there are
-        stack = await self._thread.run(partial(self._blobs.visit, [root]))
-        while stack:
-            some = [stack.pop() for _ in range(min(WALK_AT_ONCE, len(stack)))]
-            nodes = await self._reader.nodes(some)
-            below, missing, recipes = await self._thread.run(partial(self._look, nodes))
-            stack.extend(below)
-            await self._confirm(missing)
-            for recipe in recipes:
-                await self._follow(recipe)
-
-    def _look(self, nodes: list[Node]) -> tuple[list[NodeRef], list[str], list[NodeRef]]:
-        """Return the directories and recipes below some nodes that are new, and the blobs that are not listed."""
-        below: list[NodeRef] = []
-        recipes: list[NodeRef] = []
-        needed: set[str] = set()
-        for node in nodes:
-            for child in node.children():
-                where = child.location.where
-                if child.entry.kind is Kind.DIR:
-                    below.append(NodeRef(child.tree, child.location, child.length))
-                elif where is Where.RECIPE:
-                    recipes.append(NodeRef(child.location.blob, child.location, child.entry.size))
-                elif where is not Where.EMPTY:
-                    needed.add(child.location.blob)
-        return self._blobs.visit(below), self._blobs.unreached(needed), self._blobs.visit(recipes)
-
-    async def _follow(self, recipe: NodeRef) -> None:
-        """Look at the pieces of a recipe, a level at a time."""
-        levels = [(recipe.location.blob, recipe.length, RECIPE_LEVELS)]
-        while levels:
-            digest, length, below = levels.pop()
-            read = decode_recipe((await self._reader.blobs({digest}))[digest], size=length, below=below)
-            if read.level:
-                levels.extend((piece.digest, piece.length, read.level) for piece in read.pieces)
-            else:
-                pieces = {piece.digest for piece in read.pieces}
-                await self._confirm(await self._thread.run(partial(self._blobs.unreached, pieces)))
-
-    async def _confirm(self, missing: Sequence[str]) -> None:
-        """Ask for blobs that were not listed: one may have been sent since the listing began.
-
-        :raises ObjectGone, ObjectCorrupt: one cannot be had.
-        """
-        for start in range(0, len(missing), FETCH_AT_ONCE):
-            async for _, data in self._bucket.get_blobs(missing[start : start + FETCH_AT_ONCE]):
-                if not isinstance(data, bytes):
-                    raise data
-
-
-# -- trusted keys ------------------------------------------------------------------------------------------------------
-
-
-class StoredKeys(NamedTuple):
-    """A key set's object as it is.
-
-    :ivar data: the stored record; empty where it cannot be had.
-    :ivar signatures: the text of its signatures.
-    """
-
-    info: ObjectInfo
-    data: bytes
-    signatures: str
-
-
-@dataclass(frozen=True, slots=True)
-class KeySetState:
-    """A key set as the bucket tells it.
-
-    :ivar signers: keys with a good signature over it, trusted or not.
-    :ivar trusted: whether the chain from the keys that were asked about leads to it, or beyond.
-    :ivar problem: why it cannot be read; "" for nothing.
-    """
-
-    version: int
-    keys: tuple[str, ...] = ()
-    threshold: int = 0
-    at: str = ""
-    why: str = ""
-    signers: tuple[str, ...] = ()
-    trusted: bool = False
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class KeyChange:
-    """What the next key set is to be, against the one before.
-
-    :ivar threshold: how many keys have to sign from then on; 0: as many as before.
-    """
-
-    add: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
-    threshold: int = 0
-    why: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class KeysChanged:
-    """A key set that was written.
-
-    :ivar signatures, needed: how many of the keys trusted before have signed it, and how many must before any
-        subscriber follows it.
-    """
-
-    version: int
-    keys: tuple[str, ...]
-    threshold: int
-    signatures: int
-    needed: int
-
-
-async def read_keys(bucket: Bucket, after: int = 0) -> dict[int, StoredKeys]:
-    """Return a bucket's key sets by version, from the one after a known version to the first that is missing."""
-    found: dict[int, StoredKeys] = {}
-    for version in range(after + 1, after + 1 + MAX_KEY_SETS):
-        info = await bucket.get_info(keys_name(version))
-        if info is None or info.deleted:
-            break
-        try:
-            data = await _content(bucket, info)
-        except (ObjectGone, ObjectCorrupt):
-            data = b""  # nobody's signature is good over it: whoever follows the chain stops here
-        found[version] = StoredKeys(info, data, info.metadata.get(SIGNATURES, ""))
-    return found
-
-
-class KeySets:
-    """The key sets of one bucket."""
-
-    def __init__(self, bucket: Bucket, clock: Callable[[], float]) -> None:
-        self._bucket = bucket
-        self._clock = clock
-        self._log = log.bind(folder=bucket.name)
-
-    async def show(self, configured: Trust | None) -> list[KeySetState]:
-        """Return all key sets, the oldest first.
-
-        :param configured: the keys that subscribers' configurations name; ``None`` where nobody knows: then none of
-            them counts as trusted.
-        """
-        records = await read_keys(self._bucket)
-        reached = self._present(configured, records).version if configured is not None else 0
-        return [_keys_state(version, one, trusted=version <= reached) for version, one in records.items()]
-
-    async def change(
-        self,
-        configured: Trust,
-        wish: KeyChange,
-        signers: Sequence[Signer],
-        *,
-        instead: bool = False,
-    ) -> KeysChanged:
-        """Write the next key set.
-
-        :param configured: the keys that subscribers' configurations name: what the bucket says is not believed.
-        :param signers: of the keys trusted now. Too few of them may sign: then others add theirs (:meth:`sign`).
-        :param instead: write over a next one that is there already and lacks signatures.
-        :raises UsageError: a change that makes no sense, or a signer who is not trusted.
-        :raises WriteConflict: somebody else wrote the next one meanwhile, or before, and it waits for signatures.
-        """
-        records = await read_keys(self._bucket)
-        trust = self._present(configured, records)
-        version = trust.version + 1
-        keys = _changed(trust, wish)
-        threshold = wish.threshold or trust.threshold
-        if threshold > len(keys):
-            raise UsageError(f"{threshold} of {len(keys)} keys can never sign", hint="lower it: --threshold N")
-        for signer in signers:
-            if signer.public not in trust.keys:
-                raise UsageError(f"{signer.public} is none of the keys that are trusted now")
-        if not signers:
-            raise UsageError("a key set needs the signature of a key that is trusted now")
-        waiting = records.get(version)
-        if waiting is not None and not instead:
-            raise WriteConflict(
-                f"there is a key set {version} already, which lacks signatures",
-                hint=f"look at it: syncd keys {self._bucket.name}; then sign it, or write --instead of it",
-            )
-        at = time_text(self._clock())
-        try:
-            record = encode_keys(KeySet(self._bucket.name, version, keys, threshold, at, trust.digest, wish.why))
-        except ValueError as error:
-            raise UsageError(f"the key set cannot be recorded: {error}") from error
-        await self._put(version, record, signature_text(Statement.KEYS, record, *signers), waiting)
-        good = len({signer.public for signer in signers})
-        self._log.info("keys_changed", version=version, keys=len(keys), threshold=threshold, signatures=good)
-        return KeysChanged(version, keys, threshold, good, trust.threshold)
-
-    async def sign(self, version: int, signer: Signer) -> bool:
-        """Add a signature to a key set; tell whether it is new.
-
-        :raises UsageError: there is no such key set.
-        :raises ObjectCorrupt: it is not readable, or does not follow the one before it.
-        :raises WriteConflict: somebody else wrote it meanwhile.
-        """
-        records = await read_keys(self._bucket)
-        one = records.get(version)
-        if one is None:
-            raise UsageError(f"folder {self._bucket.name!r} has no key set {version}")
-        keys = decode_keys(one.data)
-        parent = digest_of(records[version - 1].data) if version > 1 else ""
-        if (keys.folder, keys.version, keys.parent) != (self._bucket.name, version, parent):
-            raise ObjectCorrupt(f"key set {version} is another folder's, or does not follow the one before it")
-        return await _sign_object(self._bucket, one.info, Statement.KEYS, one.data, signer)
-
-    def _present(self, configured: Trust, records: dict[int, StoredKeys]) -> Trust:
-        """Return what is trusted by what the bucket has, given what the configuration names."""
-        folder = self._bucket.name
-        plain = {version: (one.data, one.signatures) for version, one in records.items()}
-        trust = follow(configured, plain, folder=folder).trust
-        if trust.version:
-            return trust
-        for version in sorted(plain, reverse=True):
-            start = start_at(trust, version, plain[version][0], folder)
-            if start is not None:
-                return start
-        return trust
-
-    async def _put(self, version: int, record: bytes, signatures: str, waiting: StoredKeys | None) -> None:
-        name = keys_name(version)
-        meta = ObjectMeta(
-            name,
-            headers={"Content-Type": ("application/json",)},
-            metadata={KIND: KEY_SET, SIGNATURES: signatures},
-        )
-        expected = waiting.info.seq if waiting is not None else await self._absent(name)
-        (result,) = await self._bucket.put_many([SmallPut(meta, record, None, expected)])
-        if isinstance(result.error, WriteConflict):
-            raise WriteConflict(
-                f"somebody else wrote key set {version} meanwhile",
-                hint=f"look at it: syncd keys {self._bucket.name}",
-            ) from result.error
-        if result.error is not None:
-            raise result.error
-
-    async def _absent(self, name: str) -> int:
-        info = await self._bucket.get_info(name)
-        return 0 if info is None else info.seq
-
-
-def _changed(trust: Trust, wish: KeyChange) -> tuple[str, ...]:
-    """Return the next keys.
-
-    :raises UsageError: one is there already, or is not there; or too many, or none.
-    """
-    for key in wish.add:
-        if not is_public(key):
-            raise UsageError(f"{printable(key)!r} is no public key of a user (U…)", hint="make one: syncd keygen FILE")
-        if key in trust.keys:
-            raise UsageError(f"{printable(key)} is trusted already")
-    for key in wish.drop:
-        if key not in trust.keys:
-            raise UsageError(f"{printable(key)} is none of the keys that are trusted now")
-    keys = (trust.keys | set(wish.add)) - set(wish.drop)
-    if not 0 < len(keys) <= MAX_KEYS:
-        raise UsageError(f"{len(keys)} keys; there have to be 1 to {MAX_KEYS}")
-    return tuple(sorted(keys))
-
-
-def _keys_state(version: int, one: StoredKeys, *, trusted: bool) -> KeySetState:
-    try:
-        keys = decode_keys(one.data)
-    except SyncdError as error:
-        return KeySetState(version, problem=error.message)
-    return KeySetState(
-        version=version,
-        keys=keys.keys,
-        threshold=keys.threshold,
-        at=keys.at,
-        why=keys.why,
-        signers=good_signers(Statement.KEYS, one.data, one.signatures),
-        trusted=trusted,
     )

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from syncd import logs, oneshot
-from syncd.channels import MAX_TERM, Channels, KeyChange, KeySets, sign_generation
+from syncd.channels import MAX_TERM, Channels
 from syncd.errors import EXIT_OK, DiskProblem, UsageError
 from syncd.history import History
+from syncd.keysets import KeyChange, KeySets
 from syncd.paths import printable
+from syncd.records import sign_generation
 from syncd.settings import Settings, load
 from syncd.signatures import generate
 from syncd.store.base import HEAD
@@ -35,7 +37,8 @@ from syncd.wiring import read_signer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from syncd.channels import ChannelState, KeySetState, Moved
+    from syncd.channels import ChannelState, Moved
+    from syncd.keysets import KeySetState
     from syncd.signatures import Signer
     from syncd.store.base import Bucket
 

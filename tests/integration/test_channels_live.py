@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from syncd.channels import Channels, KeyChange, KeySets, read_keys, read_record, sign_generation
+from syncd.channels import Channels
 from syncd.errors import ObjectGone, WriteConflict
+from syncd.keysets import KeyChange, KeySets, read_keys
 from syncd.nodes import digest_of
+from syncd.records import read_record, sign_generation
 from syncd.signatures import Signer, generate
 from syncd.store.base import CHANNELS, HEAD, BucketSpec, Link
 from syncd.trees import generation_name

@@ -13,8 +13,9 @@ import pytest
 from blake3 import blake3
 from structlog.testing import capture_logs
 
-from syncd.channels import Channels, KeyChange, KeySets, read_keys
+from syncd.channels import Channels
 from syncd.errors import FolderTaken, LayoutMismatch, ObjectGone, SafetyHalt, StoreFull, StoreTimeout
+from syncd.keysets import KeyChange, KeySets, read_keys
 from syncd.model import Kind
 from syncd.moves import move_metadata, read_move
 from syncd.nodes import Generation, NodeRef, digest_of

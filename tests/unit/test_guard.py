@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from syncd.channels import Channels, KeyChange, KeySets, sign_generation
+from syncd.channels import Channels
 from syncd.errors import DiskProblem, ObjectCorrupt, Untrusted
 from syncd.guard import Guard, TrustNote
+from syncd.keysets import KeyChange, KeySets
 from syncd.moves import move_metadata, read_move
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
+from syncd.records import sign_generation
 from syncd.rules import Rules
 from syncd.service import FolderThread
 from syncd.signatures import Signer, generate
