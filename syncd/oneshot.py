@@ -27,8 +27,9 @@ from syncd.statedir import StateDir
 from syncd.status import FolderState, FolderStatus, StatusKeeper
 from syncd.store.base import HEAD, BadMeta, ObjectInfo
 from syncd.store.bucket import NatsStore
-from syncd.store.connection import Connection, check_version, require_jetstream
+from syncd.store.connection import Connection, require_jetstream
 from syncd.store.probe import missing_permissions
+from syncd.store.reasons import check_version
 from syncd.subscriber import SubscribeOptions, Subscriber
 from syncd.wiring import connection_options, publish_options, rollout_options, subscribe_options
 

@@ -13,8 +13,8 @@ from syncd.rollout import RolloutOptions
 from syncd.rules import Rules
 from syncd.settings import parse_owner
 from syncd.signatures import Signer
+from syncd.store.address import ConnectionOptions
 from syncd.store.base import BucketSpec
-from syncd.store.connection import ConnectionOptions
 from syncd.subscriber import SubscribeOptions
 from syncd.trust import Trust
 

@@ -28,10 +28,12 @@ from syncd.nodes import FORMAT
 from syncd.retry import backoff
 from syncd.store import wire
 from syncd.store.base import BucketSpec, BucketState
-from syncd.store.connection import Connection, NoResponders, check_version
+from syncd.store.reasons import NoResponders, check_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from syncd.store.connection import Connection
 
 REQUEST_SECONDS: Final = 10.0
 REQUEST_TRIES: Final = 4

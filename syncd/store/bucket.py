@@ -66,9 +66,9 @@ from syncd.store.base import (
     Stored,
 )
 from syncd.store.blobs import Blobs
-from syncd.store.connection import Connection, NoResponders
 from syncd.store.content import Hashes, Meter, check_readable, check_small, describe, in_thread
 from syncd.store.hints import open_hints
+from syncd.store.reasons import NoResponders
 from syncd.store.stream import EXPECTED, MANY_SUBJECTS, PAGE_BYTES, ROLLUP, STALE_SECONDS, STALE_STEP, Stream, as_batch
 from syncd.store.transport import CHUNK_SILENCE_SECONDS, META_SILENCE_SECONDS, End, Transport
 from syncd.store.upload import Upload
@@ -79,6 +79,7 @@ if TYPE_CHECKING:
 
     from nats.aio.msg import Msg
 
+    from syncd.store.connection import Connection
     from syncd.store.lanes import Outgoing
 
 log = structlog.get_logger()

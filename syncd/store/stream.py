@@ -16,7 +16,7 @@ import structlog
 from syncd.errors import BucketNotFound, SyncdError, Unavailable
 from syncd.store import wire
 from syncd.store.api import TTL_DISABLED, Api, ApiError, header_int, read_state
-from syncd.store.connection import NoResponders
+from syncd.store.reasons import NoResponders
 from syncd.store.transport import META_SILENCE_SECONDS, End, Transport
 
 if TYPE_CHECKING:

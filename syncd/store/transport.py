@@ -25,14 +25,17 @@ import nats.errors
 from syncd.errors import BadName, BucketNotFound, NotPermitted, StoreRejected, StoreTimeout, SyncdError, Unavailable
 from syncd.retry import backoff
 from syncd.store.api import REQUEST_SECONDS, Busy, header_int, read_json
-from syncd.store.connection import MAX_CONTROL_LINE, Connection, NoResponders, as_syncd_error, check_version, send
+from syncd.store.client import MAX_CONTROL_LINE, send
 from syncd.store.lanes import Due, Lane, Outgoing
+from syncd.store.reasons import NoResponders, as_syncd_error, check_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from nats.aio.client import Client
     from nats.aio.msg import Msg
+
+    from syncd.store.connection import Connection
 
 MIN_WINDOW: Final = 160 * 1024
 START_WINDOW: Final = MIN_WINDOW

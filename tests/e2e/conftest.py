@@ -13,8 +13,9 @@ import pytest
 from nats.js.errors import NotFoundError
 
 from syncd.errors import ObjectGone
+from syncd.store.address import ConnectionOptions
 from syncd.store.bucket import NatsStore
-from syncd.store.connection import Connection, ConnectionOptions
+from syncd.store.connection import Connection
 from tests.support.daemon import Daemon
 from tests.support.mirror import litter
 from tests.support.reach import reachable

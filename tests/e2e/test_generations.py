@@ -11,8 +11,9 @@ import nats
 import pytest
 
 from syncd.rules import Rules
+from syncd.store.address import ConnectionOptions
 from syncd.store.bucket import NatsStore
-from syncd.store.connection import Connection, ConnectionOptions
+from syncd.store.connection import Connection
 from syncd.subscriber import SubscribeOptions, Subscriber
 from syncd.trees import TreeReader
 from tests.e2e.conftest import Daemons, healed, nats_config, publish, subscribe

@@ -15,15 +15,11 @@ from nats.aio.client import Client
 from structlog.testing import capture_logs
 
 from syncd.errors import ConfigError, NotPermitted, StoreRejected, StoreTimeout, SyncdError, Unavailable
-from syncd.store import connection
-from syncd.store.connection import (
-    Connection,
-    ConnectionOptions,
-    NoResponders,
-    as_syncd_error,
-    check_version,
-    require_jetstream,
-)
+from syncd.store import address, reasons
+from syncd.store import client as store_client
+from syncd.store.address import ConnectionOptions
+from syncd.store.connection import Connection, require_jetstream
+from syncd.store.reasons import NoResponders, as_syncd_error, check_version
 from tests.support.pki import Authority, Operator, new_seed, public_key
 from tests.support.server import NatsServer, free_port
 
@@ -192,7 +188,7 @@ def test_nats_py_still_has_the_inner_names_that_are_overridden() -> None:
 )
 def test_a_server_that_the_cluster_tells_keeps_login_and_tls_name(told: str, tls_name: str) -> None:
     """User info is the same in the whole cluster; an IP is checked under the name of who told it."""
-    server = connection._parse_server("tls://u:p@nats.example:4222").sibling(told)
+    server = address.parse_server("tls://u:p@nats.example:4222").sibling(told)
     assert server is not None
     assert server.url.geturl() == told.replace("//", "//u:p@")
     assert server.tls_name == tls_name
@@ -769,18 +765,18 @@ async def test_full_buffers_hold_up_neither_a_deadline_nor_a_cancellation(serve:
     await raised(conn.request("nobody"))
     await freeze(server)
     fillers = [asyncio.create_task(pour(client, 40))]
-    await until(lambda: client.stats["out_bytes"] > connection.PENDING_BYTES, "the first waits for the socket")
+    await until(lambda: client.stats["out_bytes"] > store_client.PENDING_BYTES, "the first waits for the socket")
     await asyncio.sleep(0)  # nats-py's flusher takes all of it
     fillers.append(asyncio.create_task(pour(client, 40)))
-    await until(lambda: client.pending_data_size > connection.PENDING_BYTES, "the buffer is full")
+    await until(lambda: client.pending_data_size > store_client.PENDING_BYTES, "the buffer is full")
     began = time.monotonic()
     assert type(await raised(conn.request("x", max_seconds=0.3))) is StoreTimeout
     assert time.monotonic() - began < 1
     deadline = asyncio.get_running_loop().time() + 0.3
     with pytest.raises(TimeoutError):
-        await connection.send(client, "x", b"", deadline=deadline)
+        await store_client.send(client, "x", b"", deadline=deadline)
     deadline += 60
-    task = asyncio.create_task(connection.send(client, "x", b"", deadline=deadline))
+    task = asyncio.create_task(store_client.send(client, "x", b"", deadline=deadline))
     await asyncio.sleep(0.05)
     task.cancel()
     await asyncio.wait({task}, timeout=1)
@@ -977,7 +973,7 @@ async def test_too_old_a_server_is_refused(serve: Serve, connect: Connect, monke
     """The version comes from the connected server."""
     conn = connect(serve(jetstream=True))
     await conn.start(SOON)
-    monkeypatch.setattr(connection, "MIN_SERVER", (99, 1, 0))
+    monkeypatch.setattr(reasons, "MIN_SERVER", (99, 1, 0))
     error = await raised(require_jetstream(conn))
     assert "is too old: syncd needs 99.1 or newer" in str(error)
 

@@ -17,9 +17,10 @@ import yaml
 
 from syncd.errors import NotPermitted
 from syncd.settings import load
+from syncd.store.address import ConnectionOptions
 from syncd.store.base import BucketSpec, ObjectInfo, ObjectMeta, SmallPut
 from syncd.store.bucket import NatsStore
-from syncd.store.connection import Connection, ConnectionOptions, require_jetstream
+from syncd.store.connection import Connection, require_jetstream
 from syncd.store.probe import missing_permissions
 from tests.support.server import NatsServer, free_port, nats_server_binary
 

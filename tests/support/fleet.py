@@ -22,9 +22,10 @@ from syncd.publisher import Publisher
 from syncd.rollout import RolloutOptions
 from syncd.rules import Rules
 from syncd.status import FolderStatus, StatusKeeper
+from syncd.store.address import ConnectionOptions
 from syncd.store.base import BucketSpec
 from syncd.store.bucket import NatsStore
-from syncd.store.connection import Connection, ConnectionOptions
+from syncd.store.connection import Connection
 from syncd.subscriber import SubscribeOptions, Subscriber
 from syncd.trees import TreeReader
 from tests.support.reach import reachable

@@ -16,9 +16,10 @@ from syncd.outlet import PublishOptions, PushResult
 from syncd.publisher import Publisher
 from syncd.rules import Rules
 from syncd.status import FolderState, FolderStatus, StatusKeeper
+from syncd.store.address import ConnectionOptions
 from syncd.store.base import CHUNK_SIZE, hex_to_digest
 from syncd.store.bucket import NatsStore
-from syncd.store.connection import Connection, ConnectionOptions
+from syncd.store.connection import Connection
 from syncd.subscriber import PullResult, SubscribeOptions, Subscriber
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ import nats
 from blake3 import blake3
 
 from syncd.store import lanes as lanes_module
+from syncd.store.address import ConnectionOptions
 from syncd.store.base import BadMeta, ObjectInfo, ObjectMeta, SmallPut, Stored
 from syncd.store.bucket import NatsStore
-from syncd.store.connection import Connection, ConnectionOptions
+from syncd.store.connection import Connection
 from syncd.store.memory import MemoryStore
 
 if TYPE_CHECKING:
