@@ -8,10 +8,10 @@ Rules kept here, all of them git's (gitignore(5)):
    base name at any depth; a slash at the end means directories only.
 
 ``include`` reads the other way round: where it is not empty, only what it matches takes part, and
-everything below a directory that it matches. pathspec turns globs into regular expressions; which
-pattern decides is decided here, because pathspec's own specs are made for lists of files: they match a
-path through its parents, too, and so cannot say of a *directory* what git says (``*`` followed by
-``!*/``; pathspec 1.1).
+everything below a directory that it matches. pathspec turns globs into regular expressions, one per
+component; how components go together, and which pattern decides, is decided here, because pathspec's
+own specs are made for lists of files: they match a path through its parents, too, and so cannot say of
+a *directory* what git says (``*`` followed by ``!*/``; pathspec 1.1).
 """
 
 from __future__ import annotations
@@ -31,40 +31,60 @@ if TYPE_CHECKING:
 
 IGNORE_FILE = ".syncdignore"
 
+MAX_PATTERN = 8192
 _REMEMBERED_DIRS = 1000
+_STAR = "[^/]*"
+_END = "(?:(?P<ps_d>/)|$)"
+"""What pathspec (1.1) writes for a star, and at the end of a pattern that names both files and directories."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Glob:
     """A pattern without its ``!`` and its trailing slash.
 
-    :ivar depths: for every number of components (1, 2, ...) what a path's beginning of that length
-        must match so that something below it can match; shorter than the pattern where ``**`` makes
-        everything possible.
+    :ivar parts: an expression for each component; ``None`` is ``**``: any number of components, also none.
     """
 
     anchored: bool
-    slashes: int | None  # exactly so many; None: the pattern has ``**``
-    regex: re.Pattern[str]
-    depths: tuple[re.Pattern[str], ...] | None
+    parts: tuple[re.Pattern[str] | None, ...]
 
     def matches(self, path: str) -> bool:
-        if not self.anchored:
-            return self.regex.fullmatch(path.rpartition("/")[2]) is not None
-        # The count keeps a class like [!a] from matching a slash, which pathspec's expressions allow.
-        if self.slashes is not None and path.count("/") != self.slashes:
-            return False
-        return self.regex.fullmatch(path) is not None
+        names = path.split("/")
+        return self._fits(names) if self.anchored else self._fits(names[-1:])
+
+    def _fits(self, names: Sequence[str]) -> bool:
+        """Match name by name. After ``**`` the first place where the rest fits is as good as any later one."""
+        parts = self.parts
+        at = part = 0
+        star = resume = -1
+        while at < len(names):
+            if part < len(parts) and parts[part] is None:
+                star, resume = part, at
+                part += 1
+            elif part < len(parts) and _is(parts[part], names[at]):
+                at += 1
+                part += 1
+            elif star >= 0:
+                resume += 1
+                at, part = resume, star + 1
+            else:
+                return False
+        return all(one is None for one in parts[part:])
 
     def may_match_below(self, path: str) -> bool:
-        if not self.anchored or self.depths is None:
+        if not self.anchored:
             return True
-        if self.slashes is not None and path.count("/") >= self.slashes:
-            return False
-        parts = path.split("/")[: len(self.depths)]
-        if not parts:
-            return True  # begins with ``**``
-        return self.depths[len(parts) - 1].fullmatch("/".join(parts)) is not None
+        names = path.split("/")
+        for part, name in zip(self.parts, names, strict=False):
+            if part is None:
+                return True
+            if not _is(part, name):
+                return False
+        return len(names) < len(self.parts)
+
+
+def _is(part: re.Pattern[str] | None, name: str) -> bool:
+    return part is not None and part.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +115,29 @@ class _Pattern:
 
 
 def _translate(glob: str) -> re.Pattern[str]:
-    """Return the expression of an anchored glob, for ``fullmatch`` on a path without a trailing slash."""
-    regex, _ = GitIgnoreSpecPattern.pattern_to_regex("/" + glob)
+    """Return the expression of one component's glob, for ``fullmatch`` on a name, which takes time linear in that.
+
+    A mirrored ``.syncdignore`` is the publisher's word, and pathspec's expressions go back through all ways to share a
+    name among their stars. Of two stars with something between them the first may as well take as little as it can:
+    what lies between is of fixed length, and the later star takes the rest (as in CPython's ``fnmatch``).
+    """
+    bare = glob.rstrip(" \t")
+    blanks = glob[len(bare) :]  # pathspec takes them off; a backslash before keeps the first
+    if blanks and (len(bare) - len(bare.rstrip("\\"))) % 2:
+        bare, blanks = bare + blanks[0], blanks[1:]
+    regex, _ = GitIgnoreSpecPattern.pattern_to_regex("/" + bare + "".join("\\" + blank for blank in blanks))
     if regex is None:
         raise ValueError("unfinished character class")
-    return re.compile(regex, re.DOTALL)  # a name may hold a newline
+    body = regex.removeprefix("^").removesuffix(_END)
+    first, *others = body.split(_STAR)
+    if others:
+        *middle, last = others
+        body = first + "".join(f"(?>{_STAR}?{one})" for one in middle if one) + _STAR + last
+    return re.compile(body, re.DOTALL)  # a name may hold a newline
 
 
 def _glob(text: str, *, anchored: bool) -> _Glob:
-    if not anchored:
-        return _Glob(anchored=False, slashes=0, regex=_translate(text), depths=None)
-    parts = text.split("/")
-    fixed = parts[: parts.index("**")] if "**" in parts else parts
-    depths = tuple(_translate("/".join(parts[: number + 1])) for number in range(len(fixed)))
-    if "**" in parts:
-        return _Glob(anchored=True, slashes=None, regex=_translate(text), depths=depths)
-    return _Glob(anchored=True, slashes=text.count("/"), regex=_translate(text), depths=depths[:-1])
+    return _Glob(anchored, tuple(None if part == "**" else _translate(part) for part in text.split("/")))
 
 
 def _parse(line: str) -> _Pattern | None:
@@ -128,6 +155,8 @@ def _parse(line: str) -> _Pattern | None:
         core = core.replace("**/**", "**")
     if not core:
         raise ValueError("nothing left of the pattern")
+    if len(core) > MAX_PATTERN:
+        raise ValueError("longer than any path")
     anchored = "/" in body.rstrip("/")
     inside = core.endswith("/**")
     if inside:
@@ -148,7 +177,7 @@ def _parse_all(lines: Iterable[str]) -> tuple[tuple[_Pattern, ...], list[str]]:
         try:
             pattern = _parse(line)
         except ValueError as exc:
-            problems.append(f"pattern {line!r} does not parse: {exc}")
+            problems.append(f"pattern {line[:200]!r} does not parse: {exc}")
         else:
             if pattern is not None:
                 patterns.append(pattern)
@@ -233,19 +262,36 @@ class Rules:
 
     def _judge(self, path: str, *, is_dir: bool) -> tuple[bool, bool]:
         """Return (excluded, included): by itself, else as its directory is."""
-        if is_dir and path in self._dirs:
-            return self._dirs[path]
-        excluded, included = self._judge(parent(path), is_dir=True)
+        verdict = self._dirs.get(path) if is_dir else None
+        if verdict is not None:
+            return verdict
+        above = parent(path)
+        unknown = []
+        while (verdict := self._dirs.get(above)) is None:
+            unknown.append(above)
+            above = parent(above)
+        while unknown:
+            above = unknown.pop()
+            verdict = self._decide(above, verdict, is_dir=True)
+            self._remember(above, verdict)
+        verdict = self._decide(path, verdict, is_dir=is_dir)
+        if is_dir:
+            self._remember(path, verdict)
+        return verdict
+
+    def _decide(self, path: str, above: tuple[bool, bool], *, is_dir: bool) -> tuple[bool, bool]:
+        excluded, included = above
         if not excluded:
             excluded = self._excludes(path, is_dir=is_dir)
         if self._include:
             verdict = _verdict(self._include, path, is_dir=is_dir)
             included = included if verdict is None else verdict
-        if is_dir:
-            if len(self._dirs) > _REMEMBERED_DIRS:
-                self._dirs = {"": self._dirs[""]}
-            self._dirs[path] = (excluded, included)
         return excluded, included
+
+    def _remember(self, path: str, verdict: tuple[bool, bool]) -> None:
+        if len(self._dirs) > _REMEMBERED_DIRS:
+            self._dirs = {"": self._dirs[""]}
+        self._dirs[path] = verdict
 
     def _excludes(self, path: str, *, is_dir: bool) -> bool:
         for prefix, patterns in self._lists:

@@ -52,14 +52,15 @@ def taken(rules: Rules, tree: list[str] = TREE) -> set[str]:
 
 
 def test_without_patterns_everything_takes_part() -> None:
-    """All but syncd's own directory at the top."""
+    """All but what is syncd's own."""
     rules = Rules()
     assert taken(rules) == set(TREE)
     assert rules.may_descend("")
     assert not rules.takes(".syncd", is_dir=True)
     assert not rules.may_descend(".syncd")
     assert not rules.takes(".syncd/lock", is_dir=False)
-    assert rules.takes("a/.syncd", is_dir=True)
+    assert not rules.takes("a/.syncd", is_dir=True)
+    assert not rules.may_descend("a/.Syncd")
     assert rules.takes(".syncdignore", is_dir=False)
 
 
@@ -237,3 +238,46 @@ def test_no_directory_that_holds_something_is_skipped(include: list[str], exclud
     for path in _SMALL_TREE:
         if rules.takes(path, is_dir=False):
             assert all(rules.may_descend(above) for above in ancestors(path))
+
+
+# -- patterns that a hostile publisher mirrors -------------------------------------------------------------------------
+
+
+@pytest.mark.fault("O5")
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("pattern", "path", "excluded"),
+    [
+        ("*?" * 12 + "\x01", "a" * 43, False),
+        ("*a" * 100, "a" * 250, True),
+        ("*a" * 100 + "b", "a" * 250, False),
+        ("*[ab]" * 60 + "c", "ab" * 120, False),
+        ("*" * 200 + "b", "a" * 250, False),
+        ("x/" + "**/a/" * 60 + "b", "x/" + "a/" * 700 + "c", False),
+        ("x/" + "**/a/" * 60 + "b", "x/" + "a/" * 700 + "b", True),
+        ("/".join(["**/*a*a*a*"] * 60) + "/b", "/".join(["a" * 250] * 10), False),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_no_pattern_takes_for_ever(pattern: str, path: str, excluded: bool) -> None:
+    """Stars are not tried in all ways, neither those within a name nor those between names."""
+    rules = Rules().with_ignore_file("", pattern)
+    assert rules.takes(path, is_dir=False) is not excluded
+    assert rules.takes("free", is_dir=False)
+
+
+@pytest.mark.fault("O5")
+def test_a_path_of_a_thousand_directories_is_judged() -> None:
+    """As deep as a path may be, from the wire, with a rule that has nothing to do with it."""
+    path = "/".join("d" * 1400)
+    rules = Rules(["d/"], ["x"])
+    assert rules.takes(path, is_dir=False)
+    assert rules.may_descend(path)
+    assert not Rules(["e/"]).takes(path, is_dir=False)
+    assert not Rules([], ["/d/d/d"]).takes(path, is_dir=False)
+
+
+def test_a_pattern_longer_than_any_path_does_not_parse() -> None:
+    """It could match nothing, and would take its time."""
+    with pytest.raises(ConfigError, match="longer than any path"):
+        Rules(["a/" * 5000 + "b"])
