@@ -49,8 +49,10 @@ class _Glob:
     parts: tuple[re.Pattern[str] | None, ...]
 
     def matches(self, path: str) -> bool:
-        names = path.split("/")
-        return self._fits(names) if self.anchored else self._fits(names[-1:])
+        if not self.anchored:
+            [part] = self.parts
+            return part is None or part.fullmatch(path.rpartition("/")[2]) is not None
+        return self._fits(path.split("/"))
 
     def _fits(self, names: Sequence[str]) -> bool:
         """Match name by name. After ``**`` the first place where the rest fits is as good as any later one."""
