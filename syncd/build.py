@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from syncd.chunker import Chunks, RecipeBuilder
-from syncd.errors import FileChanged, StoreRejected
+from syncd.errors import FileChanged, StoreRejected, Untrusted
 from syncd.index.blobs import State
 from syncd.model import Entry, Kind, Problem
 from syncd.nodes import (
@@ -94,14 +94,16 @@ class _Frame:
 class Builder:
     """Builds one generation.
 
+    :param keep: whether what cannot be read may stay as it was committed last; else nothing is built then.
     :ivar root: the root node, once :meth:`nodes` is through.
     """
 
-    def __init__(self, index: Index, blobs: Blobs, source: Source, result: PushResult) -> None:
+    def __init__(self, index: Index, blobs: Blobs, source: Source, result: PushResult, *, keep: bool = True) -> None:
         self._index = index
         self._blobs = blobs
         self._source = source
         self._result = result
+        self._may_keep = keep
         self._pack = _Pack()
         self._closed: dict[int, str] = {}
         self._open_contents: dict[str, _InPack] = {}
@@ -308,7 +310,14 @@ class Builder:
         """Put a path into the tree as it was committed last, if it was.
 
         :raises StoreRejected: the bucket has lost its content, and it cannot be read.
+        :raises Untrusted: what was committed last is not to be believed.
         """
+        if not self._may_keep:
+            raise Untrusted(
+                f"{printable(path)} cannot be read now, and the newest generation, from which it would be kept, "
+                "is not signed by this publisher's key, or older than its last one",
+                hint="make it readable, or exclude it",
+            )
         remote = self._index.remote(path)
         if remote is None:
             return

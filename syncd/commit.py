@@ -20,11 +20,20 @@ import structlog
 
 from syncd.build import Blob, Builder
 from syncd.crashpoints import crash_point
-from syncd.errors import FolderTaken, SafetyHalt, StoreFull, WriteConflict
+from syncd.errors import FolderTaken, LayoutMismatch, SafetyHalt, StoreFull, WriteConflict
 from syncd.index import LocalRow, RemoteRow
 from syncd.index.blobs import UNSETTLED, Blobs
 from syncd.model import Entry, Kind
-from syncd.moves import MAX_NEXT_COUNT, generation_signature, is_signed_by, move_metadata, read_move, time_text
+from syncd.moves import (
+    Word,
+    count_after,
+    generation_signature,
+    is_record_signed,
+    move_metadata,
+    read_move,
+    time_text,
+    word_of,
+)
 from syncd.nodes import NOTE_MAX, Generation, Node, NodeRef, Where, digest_of, encode_record
 from syncd.outlet import Claim, DeletionGuard, PublishOptions, PushResult, Wish
 from syncd.paths import printable
@@ -34,7 +43,7 @@ from syncd.retention import Collected, Retention
 from syncd.store.base import CHANNELS, HEAD, BadMeta, Link
 from syncd.store.codec import Codec
 from syncd.store.mapping import generation_metadata
-from syncd.trees import Commit, TreeReader, generation_name, number_of
+from syncd.trees import Commit, TreeReader, generation_name, layout_of, number_of
 from syncd.trust import MOVE, SIGNATURES, WHO_MAX, Move, is_expired
 
 if TYPE_CHECKING:
@@ -59,6 +68,8 @@ NUMBER: Final = "number"
 """The note of the highest number that was used; like the next one it outlives the bucket."""
 COUNT: Final = "count"
 """The note of how many moves of the head were made."""
+STRANGE: Final = "strange"
+"""The note that the generation which the index describes is nobody's whose word counts: see :meth:`_is_strange`."""
 RESERVE_BYTES: Final = 256 * 1024
 RESERVE_SHARE: Final = 16
 """What blobs leave free of a limited bucket, at most this part of it: deletes need a commit, too."""
@@ -103,6 +114,7 @@ class Committer:
         self._log = log.bind(folder=options.folder, role="publish")
         self._head: Commit | None = None
         self._pointed: Commit | None = None
+        self._strange = False
         self._judged = self._foreign = 0  # sequences of the head's link that were looked at, and told
         self._last_seq = 0
         self._list_at = 0.0
@@ -138,10 +150,11 @@ class Committer:
             await self._thread.run(self._forget_head)
         elif head is not None and head.digest != known:
             await self._adopt(head)
+        self._strange = await self._thread.run(lambda: bool(self._index.note(STRANGE)))
         self._head, self._pointed = head, pointed
-        if pointed is not None:
+        if head is not None and pointed is not None:
             self.wrote(pointed.seq)
-            await self._renew(pointed)
+            await self._stand_by(head, pointed)
         await self._learn_room(state)
         if self._clock() >= self._list_at or await self._is_unsettled():
             await self._list()
@@ -172,38 +185,64 @@ class Committer:
         newest = await self._reader.generation(number)
         return pointed if newest is None else newest
 
-    async def _renew(self, pointed: Commit) -> None:
-        """Say anew, in time, that the head is where it is: hosts raise an alarm when nothing fresh arrives."""
-        if not self._options.expire_seconds:
+    async def _stand_by(self, head: Commit, pointed: Commit) -> None:
+        """Keep the head where it was put, by us or by a person, and fresh where it is ours."""
+        count = await self._thread.run(lambda: int(self._index.note(COUNT, "0")))
+        word = word_of(pointed, self._options.signer, folder=self._options.folder, channel=HEAD, count=count)
+        if word is Word.OURS:
+            await self._renew(pointed, count)
+        elif word is Word.FORGED:
+            if not self._strange:  # else the next generation is about to be committed
+                await self._point(head, pointed, "restored")
+                self._log.warning("head_restored", generation=head.generation.number)
+        elif self._options.expire_seconds and pointed.seq != self._foreign:
+            self._log.warning("head_not_renewed", reason="its move is not signed by this publisher's key")
+            self._foreign = pointed.seq
+
+    async def _renew(self, pointed: Commit, count: int) -> None:
+        """Say anew, in time, that the head is where it is: hosts raise an alarm when nothing fresh arrives.
+
+        :param count: of our last move. Where it is not remembered, an old move may have been put back: then nothing is
+            renewed before the source was found to be what the head says (:meth:`_vouch`).
+        """
+        term = self._options.expire_seconds
+        if not term or (self._options.signer is not None and not count):
             return
         move = read_move(pointed.move)
         now = self._clock()
-        if not is_signed_by(pointed, self._options.signer):
-            if pointed.seq != self._foreign:
-                self._log.warning("head_not_renewed", reason="its move is not signed by this publisher's key")
-            self._foreign = pointed.seq
-            return
-        term = self._options.expire_seconds
         due = move is None or is_expired(move.expires, now, slack=-term / 2)
         too_late = move is not None and not is_expired(move.expires, now, slack=-term * 1.1)  # a clock was set right
-        if not due and not too_late:
-            return
-        generation = pointed.generation
-        metadata = await self._move_to(generation.number, pointed.digest, "renewed")
-        name = CHANNELS + HEAD
-        link = Link(self._bucket.name, generation_name(generation.number))
-        seq = await self._bucket.put_link(name, link, expected_seq=pointed.seq, metadata=metadata)
-        self._pointed = replace(pointed, seq=seq, move=metadata[MOVE], move_signatures=metadata.get(SIGNATURES, ""))
+        if due or too_late:
+            await self._point(pointed, pointed, "renewed")
+            self._log.info("head_renewed", generation=pointed.generation.number)
+
+    async def _point(self, to: Commit, pointed: Commit, why: str) -> None:
+        """Move the head, which is as ``pointed`` says, to a generation that there is."""
+        number = to.generation.number
+        metadata = await self._move_to(number, to.digest, why)
+        link = Link(self._bucket.name, generation_name(number))
+        seq = await self._bucket.put_link(CHANNELS + HEAD, link, expected_seq=pointed.seq, metadata=metadata)
+        self._pointed = replace(to, seq=seq, move=metadata[MOVE], move_signatures=metadata.get(SIGNATURES, ""))
         self.wrote(seq)
-        self._log.info("head_renewed", generation=generation.number)
+
+    async def _vouch(self) -> None:
+        """Count on from the head's move, where ours are not remembered: the source is what it leads to."""
+        head, pointed, options = self._head, self._pointed, self._options
+        move = read_move(pointed.move) if pointed is not None else None
+        if head is None or pointed is None or move is None or self._strange or head.digest != pointed.digest:
+            return
+        if word_of(pointed, options.signer, folder=options.folder, channel=HEAD, count=0) is Word.OURS:
+            await self._thread.run(partial(self._begin_count, move.count))
+
+    def _begin_count(self, count: int) -> None:
+        if not self._index.note(COUNT):
+            self._index.set_note(COUNT, str(count))
 
     async def _move_to(self, number: int, record: str, why: str) -> dict[str, str]:
         """Return the metadata that the head's link gets with its next move."""
         options, now = self._options, self._clock()
-        before = read_move(self._pointed.move) if self._pointed is not None else None
         used = await self._thread.run(lambda: int(self._index.note(COUNT, "0")))
-        told = before.count if before is not None and before.count < MAX_NEXT_COUNT else 0  # the rest is forged
-        count = max(used, told) + 1
+        count = count_after(self._pointed, options.signer, used, number)
         await self._thread.run(lambda: self._index.set_note(COUNT, str(count)))
         move = Move(
             folder=options.folder,
@@ -232,6 +271,7 @@ class Committer:
             self._blobs.clear()
             self._index.clear_remote()
             self._index.set_note("head", "")
+            self._index.set_note(STRANGE, "")
             self._index.set_note("bucket", state.created)
             self._index.set_note("position", "0")
             self._index.set_note(UNSETTLED, "1")
@@ -242,11 +282,23 @@ class Committer:
             self._index.clear_remote()
             self._blobs.clear_nodes()
             self._index.set_note("head", "")
+            self._index.set_note(STRANGE, "")
 
     async def _learn_room(self, state: BucketState) -> None:
         self._room = None
         if state.max_bytes is not None:
             self._room = state.max_bytes - min(RESERVE_BYTES, state.max_bytes // RESERVE_SHARE) - state.size
+
+    def _is_strange(self, head: Commit) -> bool:
+        """Tell whether a generation that the index does not describe is one of which nothing may be signed unseen.
+
+        Where we sign: one that our key has not signed, or one of before the last that we know of. What is in it is
+        compared with the source like any other's, so that too many deletes are held; but nothing of it is taken over.
+        """
+        signer = self._options.signer
+        if signer is None:
+            return False
+        return not is_record_signed(head, signer) or head.generation.number < int(self._index.note(NUMBER, "0"))
 
     async def _adopt(self, head: Commit) -> None:
         """Read the newest generation into the index: ours of before the index was lost, or another publisher's."""
@@ -258,23 +310,30 @@ class Committer:
                     hint="stop one of the two, then restart this one",
                 )
             self._log.warning("publisher_changed", before=who)
+        strange = await self._thread.run(lambda: self._is_strange(head))
         await self._thread.run(self._forget_head)
         stack = [("", head.generation.root)]
         while stack:
             some = [stack.pop() for _ in range(min(WALK_AT_ONCE, len(stack)))]
             nodes = await self._reader.nodes([ref for _, ref in some])
             pairs = list(zip(some, nodes, strict=True))
-            stack.extend(await self._thread.run(partial(self._take_nodes, pairs, head)))
-        await self._thread.run(lambda: self._note_head(head))
-        self._log.info("head_adopted", generation=head.generation.number)
+            stack.extend(await self._thread.run(partial(self._take_nodes, pairs, head, strange=strange)))
+        await self._thread.run(lambda: self._note_head(head, strange=strange))
+        if strange:
+            self._log.warning("head_not_ours", generation=head.generation.number, publisher=printable(who))
+        else:
+            self._log.info("head_adopted", generation=head.generation.number)
 
-    def _note_head(self, head: Commit) -> None:
+    def _note_head(self, head: Commit, *, strange: bool) -> None:
         with self._index.transaction():
             self._index.set_note("head", head.digest)
+            self._index.set_note(STRANGE, "1" if strange else "")
             used = int(self._index.note(NUMBER, "0"))
             self._index.set_note(NUMBER, str(max(used, head.generation.number)))
 
-    def _take_nodes(self, pairs: Iterable[tuple[tuple[str, NodeRef], Node]], head: Commit) -> list[tuple[str, NodeRef]]:
+    def _take_nodes(
+        self, pairs: Iterable[tuple[tuple[str, NodeRef], Node]], head: Commit, *, strange: bool
+    ) -> list[tuple[str, NodeRef]]:
         below: list[tuple[str, NodeRef]] = []
         with self._index.transaction():
             for (path, ref), node in pairs:
@@ -288,8 +347,9 @@ class Committer:
                     elif child.location.where is not Where.EMPTY:
                         located.append((child.entry.digest, child.location, child.entry.size))
                 self._index.put_remote(rows)
-                self._blobs.locate(located)
-                self._blobs.put_nodes([(path, ref)])
+                if not strange:
+                    self._blobs.locate(located)
+                    self._blobs.put_nodes([(path, ref)])
         return below
 
     async def _list(self) -> None:
@@ -323,19 +383,31 @@ class Committer:
 
         :raises SafetyHalt: the generation would delete too much; nothing is committed.
         :raises WriteConflict: the head moved under us.
+        :raises Untrusted: a path cannot be read, and the newest generation is not ours to keep it from.
         """
+        await self._publish(touched, result, wish, progress)
+        if touched is None and not result.committed and not result.again:
+            await self._vouch()
+
+    async def _publish(
+        self,
+        touched: Collection[str] | None,
+        result: PushResult,
+        wish: Wish,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
         if await self._is_unsettled():
             await self._list()
         changes, size, allowed = await self._thread.run(lambda: self._judge(touched, wish))
         heal = self._heal
         if self._head is not None:
             result.generation, result.root = self._head.generation.number, self._head.generation.root.tree
-        first = self._head is None
+        first = self._head is None or self._strange
         if not changes and not heal and not first:
             return
         await self._learn_room(await self._bucket.state())  # also: a server that is away is found out at once
         self._heal = False
-        builder = Builder(self._index, self._blobs, self._source, result)
+        builder = Builder(self._index, self._blobs, self._source, result, keep=not self._strange)
         meter = Meter(progress, changes, size)
         try:
             async with self._bucket.blob_sink() as sink:
@@ -441,9 +513,8 @@ class Committer:
     ) -> None:
         head = self._head
         before = head.generation if head is not None else None
-        if (
-            before is not None and root == before.root and not self._healed
-        ):  # whoever missed a blob is told to look again
+        same = before is not None and root == before.root and not self._strange
+        if same and not self._healed:  # whoever missed a blob is told to look again
             await self._thread.run(lambda: self._remember(touched, None))
             return
         tally = await self._thread.run(lambda: self._tally(touched))
@@ -486,6 +557,7 @@ class Committer:
         crash_point("generation_committed")
         signatures = move.get(SIGNATURES, "")
         self._head = Commit(generation, digest, seq, record, signed.get(SIGNATURES, ""), move[MOVE], signatures)
+        self._strange = False
         self._pointed = self._head
         self.wrote(seq)
         await self._thread.run(lambda: self._remember(touched, self._head))
@@ -578,6 +650,7 @@ class Committer:
             self._blobs.take_built()
             if commit is not None:
                 self._index.set_note("head", commit.digest)
+                self._index.set_note(STRANGE, "")
                 self._index.set_note("position", str(commit.seq))
                 self._index.set_note(NUMBER, str(number))
 
@@ -589,11 +662,27 @@ class Committer:
             self._heal = True
 
     async def collect(self, *, dry_run: bool) -> Collected:
-        """Free what no kept generation reaches, now."""
-        await self._claim.hold(Wish())
-        if not dry_run:
+        """Free what no kept generation reaches, now.
+
+        :param dry_run: only look: the bucket is neither made nor claimed nor marked.
+        """
+        if dry_run:
+            await self._check_readable()
+        else:
             await self.catch_up(Wish())
         return await self._retention.collect(dry_run=dry_run)
+
+    async def _check_readable(self) -> None:
+        """Make sure that there is something to look at.
+
+        :raises BucketNotFound, FormatTooNew: see there.
+        :raises LayoutMismatch: the bucket has no generations.
+        """
+        if await layout_of(self._bucket, await self._bucket.state()) != "generations":
+            raise LayoutMismatch(
+                f"bucket {self._options.folder!r} has no generations, the configuration says that it has",
+                hint=f"nothing was pushed there yet, or in the objects layout: syncd ls {self._options.folder}",
+            )
 
 
 def _take(blobs: Iterator[Blob]) -> list[Blob]:

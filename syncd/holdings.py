@@ -32,6 +32,8 @@ RESERVE_BYTES = 128 * 1024
 RESERVE_SHARE = 16
 """What puts leave free of a limited bucket, at most this part of it: a tombstone needs room before it makes room."""
 MAX_AUDITED_NUIDS = 500_000
+LEAVING_SECONDS = 5.0
+"""How long freed chunks may still be listed: a TTL of a second, which nats-server 2.15 looks at each second or two."""
 
 
 class Holdings:
@@ -210,24 +212,36 @@ class Holdings:
     async def free_garbage(self) -> None:
         """Free chunks whose grace time is over.
 
-        They are forgotten first: a crash in between leaves chunks that the next audit finds, never a memory of chunks
-        that are gone, which the next put of the same content would announce.
+        What they hold is forgotten first: a crash in between leaves chunks that are freed again, never a memory of
+        chunks that are gone, which the next put of the same content would announce. Until the server has let go of
+        them, they are no orphans: an audit that had them freed again would keep alive what removes them.
         """
-        before = self._clock() - self._options.grace_seconds
-        due = await self._thread.run(lambda: self._index.due_garbage(before))
-        if not due:
-            return
-        used = await self._thread.run(lambda: self._index.nuids(due))
-        await self._thread.run(lambda: self._index.drop_garbage(due))
-        try:
-            for nuid in due:
-                if nuid not in used:
+        freed = 0
+        await self._thread.run(lambda: self._index.drop_left(self._clock(), LEAVING_SECONDS))
+        while due := await self._thread.run(self._take_due):
+            try:
+                for nuid in due:
                     await self._bucket.remove_chunks(nuid)
-        except SyncdError:
-            self.doubt()
-            raise
-        crash_point("garbage_freed")
-        self._log.info("chunks_freed", nuids=len(due) - len(used))
+            except SyncdError:
+                self.doubt()
+                raise
+            crash_point("garbage_freed")
+            await self._thread.run(partial(self._index.leave_garbage, due, self._clock() + LEAVING_SECONDS))
+            freed += len(due)
+        if freed:
+            self._log.info("chunks_freed", nuids=freed)
+
+    def _take_due(self) -> list[str]:
+        """Return some chunks to free, whose content is forgotten."""
+        with self._index.transaction():
+            while due := self._index.due_garbage(self._clock() - self._options.grace_seconds):
+                used = self._index.nuids(due)
+                self._index.drop_garbage(used)
+                free = [nuid for nuid in due if nuid not in used]
+                self._index.forget_content(free)
+                if free:
+                    return free
+        return []
 
     def discard(self, replaced: Iterable[RemoteRow]) -> None:
         """Let the content of replaced or deleted objects go after the grace time, if no other name has it."""

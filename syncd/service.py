@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from syncd.errors import FolderTaken, SafetyHalt, SyncdError
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SHOWN_SECONDS = 1.0
 """A round for hints is over before anybody could look; one that takes longer, because the server is away, is shown."""
+
+LASTING = {FolderState.HALTED, FolderState.FAILED}
+"""What a person has to look at is shown until a round has come to another end."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -70,12 +73,13 @@ async def keep_rounds(
     failing = ""
     while True:
         paths = await agenda.due()
-        halted = status.now.state is FolderState.HALTED
-        if paths is None or status.now.state is not FolderState.IN_SYNC:
+        allowed = status.now.state is FolderState.HALTED and allowance.given()
+        lasts = status.now.state in LASTING and not allowed
+        if not lasts and (paths is None or status.now.state is not FolderState.IN_SYNC):
             status.set(state=FolderState.SYNCING)
         try:
-            with _shown_when_long(status):
-                result = await round_(paths, halted and allowance.given())
+            with nullcontext() if lasts else _shown_when_long(status):
+                result = await round_(paths, allowed)
         except SafetyHalt as halt:
             if status.now.error != halt.message:
                 log.error("safety_halt", reason=halt.message)

@@ -55,6 +55,10 @@ if TYPE_CHECKING:
 CACHE_BYTES: Final = 24 * 1024 * 1024
 _GENERATION = re.compile(re.escape(GENERATIONS) + "([0-9]{10})")
 FETCH_AT_ONCE: Final = 64
+NODE_PIECES_FREE: Final = 64
+NODE_PIECE_MIN: Final = 1024
+"""A directory node has at most so many pieces, and one more for each so many bytes (docs/format.md)."""
+MAX_DIGITS: Final = 9
 """Blobs asked for in one request."""
 
 
@@ -68,7 +72,8 @@ async def layout_of(bucket: Bucket, state: BucketState) -> Layout:
     """
     version = state.metadata.get("syncd.format", "")
     layout = state.metadata.get("syncd.layout", "")
-    if (version.isascii() and version.isdigit() and int(version) > FORMAT) or layout not in {
+    newer = version.isascii() and version.isdigit() and (len(version) > MAX_DIGITS or int(version) > FORMAT)
+    if newer or layout not in {
         "",
         "objects",
         "generations",
@@ -191,18 +196,27 @@ class TreeReader:
         return Node(cut(blob, ref.location, ref.length), ref.tree, pack=pack)
 
     async def _large_node(self, ref: NodeRef) -> Node:
-        pieces = [piece async for piece in self.pieces(ref.location.blob, ref.length)]
         data = BytesIO()
         # Room for all at once, and no copy at the end: a buffer that grows is moved, and its old places stay resident.
         data.seek(ref.length - 1)
         data.write(b"\0")
         data.seek(0)
-        for start in range(0, len(pieces), FETCH_AT_ONCE):
-            some = pieces[start : start + FETCH_AT_ONCE]
-            blobs = await self.blobs({piece.digest for piece in some}, keep=self._cache)
-            data.writelines(_sized(blobs[piece.digest], piece.length) for piece in some)
-            del blobs
+        some: list[Piece] = []
+        left = NODE_PIECES_FREE + ref.length // NODE_PIECE_MIN
+        async for piece in self.pieces(ref.location.blob, ref.length):
+            left -= 1
+            if left < 0:
+                raise ObjectCorrupt(f"a directory node of {ref.length} bytes in countless pieces")
+            some.append(piece)
+            if len(some) == FETCH_AT_ONCE:
+                await self._append(data, some)
+                some.clear()
+        await self._append(data, some)
         return await asyncio.to_thread(lambda: Node(data.getvalue(), ref.tree))
+
+    async def _append(self, data: BytesIO, pieces: Sequence[Piece]) -> None:
+        blobs = await self.blobs({piece.digest for piece in pieces}, keep=self._cache)
+        data.writelines(_sized(blobs[piece.digest], piece.length) for piece in pieces)
 
     # -- contents ----------------------------------------------------------------------------------------------------
 

@@ -553,8 +553,24 @@ class Index(Database):
 
     def due_garbage(self, before: float, limit: int = 1000) -> list[str]:
         """Return the nuids that have been garbage since ``before`` (seconds) or longer, the oldest first."""
-        rows = self.rows("SELECT nuid FROM garbage WHERE since <= ? ORDER BY since, nuid LIMIT ?", (before, limit))
-        return [row[0] for row in rows]
+        sql = "SELECT nuid FROM garbage WHERE since <= ? AND chunks >= 0 ORDER BY since, nuid LIMIT ?"
+        return [row[0] for row in self.rows(sql, (before, limit))]
+
+    def forget_content(self, nuids: Iterable[str]) -> None:
+        """Forget what garbage holds: nothing announces it again."""
+        self.many("UPDATE garbage SET known = 0 WHERE nuid = ?", ((nuid,) for nuid in nuids))
+
+    def leave_garbage(self, nuids: Iterable[str], until: float) -> None:
+        """Note that garbage is freed, and may be seen until then (seconds)."""
+        sql = "UPDATE garbage SET known = 0, chunks = -1, since = ? WHERE nuid = ?"
+        self.many(sql, ((until, nuid) for nuid in nuids))
+
+    def drop_left(self, now: float, longest: float) -> None:
+        """Forget chunks that are gone by now.
+
+        :param longest: seconds; what is to be seen for longer was noted by another clock.
+        """
+        self.run("DELETE FROM garbage WHERE chunks < 0 AND (since <= ? OR since > ?)", (now, now + longest))
 
     def drop_garbage(self, nuids: Iterable[str]) -> None:
         """Forget chunks that are freed."""

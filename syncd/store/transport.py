@@ -58,6 +58,10 @@ META_SILENCE_SECONDS: Final = 5.0
 CHUNK_SILENCE_SECONDS: Final = 20.0
 """A chunk of 128 KiB takes 13 s at 10 kB/s, and nats-py tells of whole messages only."""
 PAGE_TRIES: Final = 6
+PAGE_SHARE: Final = 4
+"""A page is given up at so many times the size that was asked for."""
+MESSAGE_BYTES: Final = 64
+"""What a message counts beside its data."""
 NO_RESPONDERS_TRIES: Final = 3
 
 _CONTROL_LINE_REST: Final = 64  # verb, blanks and lengths beside subject and reply
@@ -489,10 +493,11 @@ class Transport:
         size = int(request.get("max_bytes", MIN_PAGE))
         for attempt in itertools.count(1):
             messages: list[Msg] = []
+            take = _Taking(messages, PAGE_SHARE * size)
             await self.reading.take(size)
             began = loop.time()
             try:
-                end = await self.page(subject, request, messages.append, silence)
+                end = await self.page(subject, request, take, silence)
             except NoResponders:
                 refusals += 1
                 if refusals >= NO_RESPONDERS_TRIES:
@@ -509,6 +514,28 @@ class Transport:
                 self.reading.give(size)
             await asyncio.sleep(next(waits))
         raise AssertionError("unreachable")
+
+
+class _Taking:
+    """Takes a page's messages until they are too many.
+
+    :param room: bytes; a server that keeps to what it was asked for stops with the message that goes beyond.
+    """
+
+    def __init__(self, messages: list[Msg], room: int) -> None:
+        self._messages = messages
+        self._room = room
+
+    def __call__(self, message: Msg) -> None:
+        """Take one.
+
+        :raises StoreRejected: it is too much.
+        """
+        if self._room < 0:
+            self._messages.clear()
+            raise StoreRejected("the nats server sends more than it was asked for")
+        self._room -= len(message.data) + MESSAGE_BYTES
+        self._messages.append(message)
 
 
 def _denied(subjects: str) -> NotPermitted:

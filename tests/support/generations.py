@@ -119,7 +119,7 @@ class Publisher:
         """Commit a tree; later fields go into the record."""
         if not self.number:
             await self.create()
-        builder = _Builder(forge or Forge())
+        builder = Builder(forge or Forge())
         root = builder.directory("", tree)
         codec = Codec()
         async with self.store.bucket(self.folder).blob_sink() as sink:
@@ -157,7 +157,7 @@ class Publisher:
         )
 
 
-class _Builder:
+class Builder:
     """Turns a tree into blobs: contents up to ``PACK_ITEM_MAX`` into packs of their own, nodes as blobs."""
 
     def __init__(self, forge: Forge) -> None:

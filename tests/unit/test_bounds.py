@@ -7,8 +7,10 @@ from contextlib import closing, contextmanager
 from itertools import repeat
 from typing import TYPE_CHECKING
 
+import pytest
 from blake3 import blake3
 
+from syncd.errors import ObjectCorrupt
 from syncd.index import Index
 from syncd.model import Entry, Kind
 from syncd.nodes import (
@@ -143,3 +145,21 @@ async def test_a_large_node_is_read_into_one_piece_of_memory() -> None:
         [read] = await reader.nodes([ref])
         assert sum(1 for _ in read.rows()) == 3 * MANY
     assert found[0] < 1.6 * len(data)
+
+
+@pytest.mark.fault("O5")
+async def test_a_node_in_countless_pieces_is_refused() -> None:
+    """A few bytes in the bucket that list the same byte over and over: as many pieces would be gigabytes of lists."""
+    store = MemoryStore()
+    await store.create_bucket("app", BucketSpec(layout="generations"))
+    bucket = store.bucket("app")
+    some = encode_recipe(Recipe(0, (Piece(digest_of(b"x"), 1),) * 10_000))
+    many = encode_recipe(Recipe(1, (Piece(digest_of(some), 10_000),) * 50))
+    async with bucket.blob_sink() as sink:
+        for blob in (b"x", some, many):
+            await sink.put(digest_of(blob), Codec().encode(blob))
+        await sink.flush()
+    ref = NodeRef(digest_of(b"tree"), Location(Where.RECIPE, digest_of(many)), 500_000)
+    reader = TreeReader(bucket, Kept())
+    with pytest.raises(ObjectCorrupt, match="countless pieces"):
+        await reader.nodes([ref])

@@ -276,6 +276,19 @@ def test_garbage_waits_and_can_be_taken_back(index: Index) -> None:
     assert index.due_garbage(99.0) == []
 
 
+def test_freed_garbage_is_known_until_it_is_gone(index: Index) -> None:
+    """Its content is forgotten first; freed, it is due no more, and forgotten some time after; by any clock."""
+    index.add_garbage("one", 10.0, Stored("one", 2, 5, digest("c"), digest("s"), 77))
+    index.forget_content(["one"])
+    assert (index.take_garbage(digest("c"), 5), index.due_garbage(10.0)) == (None, ["one"])
+    for until, now, left in [(20.0, 19.0, {"one"}), (20.0, 20.0, set()), (1000.0, 20.0, set())]:
+        index.add_garbage("one", 10.0, None)
+        index.leave_garbage(["one"], until)
+        assert index.due_garbage(99.0) == []
+        index.drop_left(now, 5.0)
+        assert index.garbage_nuids(["one"]) == left
+
+
 # -- diff ----------------------------------------------------------------------------------------------
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from syncd import agenda as agendas
 from syncd import service
 from syncd.agenda import Agenda
-from syncd.errors import FolderTaken, SafetyHalt, Unavailable
+from syncd.errors import FolderTaken, SafetyHalt, Unavailable, Untrusted
+from syncd.index import Index
 from syncd.outlet import PublishOptions, PushResult, Wish
 from syncd.paths import subject_token
 from syncd.publisher import Publisher
@@ -450,7 +453,7 @@ async def test_content_that_was_freed_by_one_that_did_not_end_is_not_announced(
 
 @only("objects")
 async def test_what_could_not_be_freed_is_found_and_freed_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was forgotten before it was to be removed: the next round looks, and does not wait for the hourly audit."""
+    """What it held is forgotten before it is to be removed; it itself is not: the next round frees it."""
     now = time.time()
     options = PublishOptions("app", world.source, Rules(), "here:/source", **world.publish_options())
     publisher = Publisher(options, world.store, None, status=keeper("publish"), clock=lambda: now)
@@ -468,12 +471,27 @@ async def test_what_could_not_be_freed_is_found_and_freed_later(world: World, mo
             patch.setattr(MemoryBucket, "remove_chunks", away)
             with pytest.raises(Unavailable):
                 await publisher._round(None, PushResult(), Wish())
-        for seconds in (0, 601):
-            now += seconds
-            await publisher._round(None, PushResult(), Wish())
+        await publisher._round(None, PushResult(), Wish())
     finally:
         await publisher._close()
     assert sum([len(page) async for page in world.store.bucket("app").list_chunks()]) == 1
+
+
+@only("objects")
+async def test_everything_that_is_due_is_freed_at_once(world: World) -> None:
+    """However much it is, and although a push may be the last one for long."""
+    now = time.time()
+    world.clock = lambda: now  # type: ignore[assignment]
+    for text in ("one", "two"):
+        for number in range(1100):
+            write(world.source / str(number), f"{text} {number}")
+        await world.push()
+    for _ in range(2):
+        now += 601
+        await world.push()
+    assert sum([len(page) async for page in world.store.bucket("app").list_chunks()]) == 1100
+    with closing(Index(world.tmp / "publish.db")) as index:
+        assert index.row("SELECT count(*) FROM garbage") == (0,)
 
 
 @only("objects")
@@ -687,3 +705,55 @@ async def test_a_round_that_takes_long_is_shown(monkeypatch: pytest.MonkeyPatch)
     finally:
         rounds.cancel()
         await asyncio.gather(rounds, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(SafetyHalt("held"), FolderState.HALTED), (Untrusted("refused"), FolderState.FAILED)]
+)
+async def test_what_a_person_has_to_look_at_stays_to_be_seen(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, state: FolderState
+) -> None:
+    """It is tried again and again, and each time takes long: whoever looks meanwhile is told, and since when."""
+    monkeypatch.setattr(service, "SHOWN_SECONDS", 0.01)
+    monkeypatch.setattr(agendas, "MIN_QUIET_SECONDS", 0.01)
+    seen: list[tuple[FolderState, float]] = []
+    status = StatusKeeper(
+        FolderStatus("publish", "app", "/"), clock=time.time, report=lambda now: seen.append((now.state, now.since))
+    )
+    agenda = Agenda(settle=0.0, rescan=0.01)
+    rounds = 0
+
+    async def round_(_paths: frozenset[str] | None, _allowed: bool) -> None:
+        nonlocal rounds
+        rounds += 1
+        await asyncio.sleep(0.05)
+        if rounds < 4:
+            raise error
+
+    async def finish(_result: None) -> None:
+        agenda.done(3600.0)
+        status.in_sync()
+
+    task = asyncio.create_task(
+        service.keep_rounds(
+            agenda,
+            round_,
+            finish,
+            status=status,
+            allowance=Allowance(),
+            broken=lambda: False,
+            rescan=0.01,
+            log=structlog.get_logger(),
+        )
+    )
+    try:
+        async with asyncio.timeout(10):
+            while status.now.state is not FolderState.IN_SYNC:
+                await asyncio.sleep(0.001)
+                agenda.hint([""])
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert len({since for what, since in seen if what is state}) == 1
+    after = [what for what, _ in seen][[what for what, _ in seen].index(state) :]
+    assert set(after) == {state, FolderState.IN_SYNC}

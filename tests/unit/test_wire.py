@@ -334,3 +334,11 @@ def test_the_decoder_names_its_reason() -> None:
     """A bad message says in a word why, for the log."""
     with pytest.raises(ObjectCorrupt, match="size is out of range"):
         wire.decode_info("B", "$O.B.M.bg==", changed(size=-1), {}, seq=1, time_ns=0)
+
+
+@pytest.mark.fault("O5")
+def test_metadata_larger_than_any_servers_default_is_refused_unread() -> None:
+    """Nested lists take twenty times their size once they are read."""
+    payload = b'{"name":"n","z":[' + b"[]," * (wire.MAX_META_BYTES // 3) + b"[]]}"
+    with pytest.raises(ObjectCorrupt, match="bytes of metadata"):
+        wire.decode_info("B", "$O.B.M.bg==", payload, {}, seq=1, time_ns=0)
