@@ -5,7 +5,8 @@ Rules kept here:
    nothing;
  * a channel is moved only to a generation of which the bucket still has everything;
  * a move says who, when and why, and is counted; the count outlives the channel;
- * nothing is signed whose folder, channel, number or digest is not what it is said to be.
+ * nothing is signed whose folder, channel, number or digest is not what it is said to be, and nothing that was not read
+   before (:class:`syncd.records.Signable`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from syncd.errors import ObjectCorrupt, ObjectGone, SyncdError, UsageError, Writ
 from syncd.moves import MAX_NEXT_COUNT, move_metadata, read_move, time_text
 from syncd.nodes import digest_of
 from syncd.paths import object_name, printable
-from syncd.records import good_signers, no_generation, read_record, signature_text
+from syncd.records import (
+    Signable,
+    good_signers,
+    no_generation,
+    read_record,
+    signable_generation,
+    signature_text,
+)
 from syncd.store.base import CHANNELS, HEAD, BadMeta, Link
 from syncd.trees import generation_name, number_of
 from syncd.trust import (
@@ -109,6 +117,7 @@ class Moved:
     :ivar before: the generation that the channel pointed at; 0 for none.
     :ivar record: BLAKE3 of the generation's record.
     :ivar seq: of the link's metadata message.
+    :ivar digest: BLAKE3 of the move's own record.
     :ivar signed_by: the key that signed the move; "" for none.
     :ivar signatures: good signatures that the generation has, by whomever.
     """
@@ -123,6 +132,7 @@ class Moved:
     who: str
     why: str
     expires: str
+    digest: str
     signed_by: str
     signatures: int
 
@@ -135,7 +145,8 @@ class ChannelState:
     :ivar behind: how many newer generations there are.
     :ivar seq: of the link's metadata message.
     :ivar written: when the server stored the link, seconds since the epoch.
-    :ivar count, at, who, why, expires: as the move says; 0 and "" where there is none.
+    :ivar count, record, at, who, why, expires: as the move says; 0 and "" where there is none.
+    :ivar digest: BLAKE3 of the move: whoever names it has named the generation's record as well.
     :ivar signers: keys with a good signature over the move, trusted or not.
     :ivar problem: what is wrong with it; "" for nothing.
     """
@@ -146,10 +157,12 @@ class ChannelState:
     seq: int
     written: float
     count: int = 0
+    record: str = ""
     at: str = ""
     who: str = ""
     why: str = ""
     expires: str = ""
+    digest: str = ""
     signers: tuple[str, ...] = ()
     problem: str = ""
 
@@ -291,12 +304,14 @@ class Channels:
         found += [_state(self._bucket, info, numbers) for info in links]
         return sorted(found, key=lambda one: (one.name != HEAD, one.name))
 
-    async def sign(self, channel: str, signer: Signer) -> bool:
-        """Add a signature to a channel's present move; tell whether it is new.
+    async def to_sign(self, channel: str) -> tuple[Signable, Signable]:
+        """Return the generation that a channel points at, and the channel's present move, which names its record.
+
+        To be signed in this order: whoever finds the move signed then finds the generation signed as well.
 
         :raises UsageError: no such channel, or nobody recorded its move.
         :raises Untrusted: the move is not that of this channel, or leads elsewhere than the channel does.
-        :raises WriteConflict: somebody else moved the channel meanwhile.
+        :raises ObjectGone, ObjectCorrupt: one of the two cannot be read.
         """
         info = await self._link(channel)
         text = info.metadata.get(MOVE, "")
@@ -312,25 +327,25 @@ class Channels:
             raise ObjectGone(f"channel {channel!r} points at generation {number}, which is gone")
         digest = digest_of(record.data)
         check_move(decode_move(data), folder=self._bucket.name, channel=channel, number=number, record=digest)
-        before = info.metadata.get(SIGNATURES, "")
-        if signer.public in good_signers(Statement.MOVE, data, before):
+        return signable_generation(record), Signable(f"channel {channel}", Statement.MOVE, info, data)
+
+    async def sign(self, move: Signable, signer: Signer) -> bool:
+        """Add a signature to a channel's move as it was read; tell whether it is new.
+
+        :raises WriteConflict: somebody else moved the channel since.
+        """
+        info = move.info
+        if signer.public in move.signers:
             return False
         assert info.link is not None
-        text = signature_text(Statement.MOVE, data, signer, before=before)
+        text = signature_text(Statement.MOVE, move.data, signer, before=info.metadata.get(SIGNATURES, ""))
         try:
             await self._bucket.put_link(
                 info.name, info.link, expected_seq=info.seq, metadata={**info.metadata, SIGNATURES: text}
             )
         except WriteConflict as error:
-            raise await self._told(channel) from error
+            raise await self._told(info.name.removeprefix(CHANNELS)) from error
         return True
-
-    async def target(self, channel: str) -> int:
-        """Return the number of the generation that a channel points at; 0 for none of this bucket.
-
-        :raises UsageError: no such channel.
-        """
-        return _target(self._bucket, await self._link(channel))
 
     # -- moving --------------------------------------------------------------------------------------------------------
 
@@ -386,6 +401,7 @@ class Channels:
             who=move.who,
             why=move.why,
             expires=move.expires,
+            digest=digest_of(metadata[MOVE].encode()),
             signed_by=wish.signer.public if wish.signer is not None else "",
             signatures=len(record.signers),
         )
@@ -487,10 +503,12 @@ def _state(bucket: Bucket, info: ObjectInfo, numbers: Collection[int]) -> Channe
     return replace(
         plain,
         count=move.count,
+        record=move.record,
         at=move.at,
         who=move.who,
         why=move.why,
         expires=move.expires,
+        digest=digest_of(data),
         signers=good_signers(Statement.MOVE, data, info.metadata.get(SIGNATURES, "")),
         problem=problem,
     )

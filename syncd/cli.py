@@ -24,7 +24,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from syncd import __version__, logs, oneshot, render
-from syncd.cli_channels import COMMANDS
+from syncd.cli_channels import COMMANDS, trust_options
 from syncd.daemon import run_daemon
 from syncd.errors import (
     EXIT_CONFIG,
@@ -45,7 +45,7 @@ from syncd.status import FolderState
 from syncd.store.base import HEAD
 
 if TYPE_CHECKING:
-    from syncd.history import Summary
+    from syncd.history import Side, Summary
     from syncd.model import Problem
     from syncd.nodes import Child
     from syncd.outlet import PushResult
@@ -234,6 +234,7 @@ def _pushed(result: PushResult) -> str:
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--allow-delete", is_flag=True, help="Let a plan pass that a safety halt would hold.")
 @_generation_option
+@trust_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @_settings()
 def pull(
@@ -243,14 +244,27 @@ def pull(
     *,
     allow_delete: bool,
     generation: int | None,
+    trust: tuple[str, ...],
+    trust_threshold: int,
     as_json: bool,
 ) -> int:
     """Bring DIRECTORY up to FOLDER once. Exit code 1 when some paths could not be mirrored."""
+    named = oneshot.trusted(settings, folder, trust, trust_threshold) if trust else None
+    notices: list[str] = []
     with render.progress("pull", quiet=as_json) as step:
         work = oneshot.pull(
-            settings, folder, directory, allow_delete=allow_delete, generation=generation or 0, progress=step
+            settings,
+            folder,
+            directory,
+            allow_delete=allow_delete,
+            generation=generation or 0,
+            trust=named,
+            unchecked=notices.append,
+            progress=step,
         )
         result = _run(work)
+    for why in notices:
+        _say(f"signatures are not checked: {why}")
     if as_json:
         _print_json(
             {
@@ -304,13 +318,24 @@ def log_command(settings: Settings, folder: str, *, limit: int | None, as_json: 
 def diff(settings: Settings, folder: str, one: str, other: str, *, stat: bool, as_json: bool) -> int:
     """Say what changed in FOLDER from A to B: generation numbers, or names of channels (head).
 
-    A added, M content, m only mode or time, D removed, T another kind of entry.
+    A added, M content, m only mode or time, D removed, T another kind of entry. First which two these are (---, +++),
+    with the digests by which syncd sign --expect knows them.
     """
+    ends: list[Side] = []
+
+    def sides(before: Side, after: Side) -> None:
+        ends.extend((before, after))
+        if as_json:
+            if not stat:
+                click.echo(json.dumps(_sides_json(ends)))
+            return
+        click.echo(f"--- {printable(str(before))}")
+        click.echo(f"+++ {printable(str(after))}")
 
     async def show() -> DiffStat:
         total = DiffStat()
         async with oneshot.open_history(settings, folder) as history:
-            async for change in history.differences(one, other):
+            async for change in history.differences(one, other, sides):
                 total.add(change)
                 if not stat:
                     click.echo(_change_json(change) if as_json else f"{change.mark} {printable(change.path)}")
@@ -318,11 +343,15 @@ def diff(settings: Settings, folder: str, one: str, other: str, *, stat: bool, a
 
     total = _run(show())
     if stat and as_json:
-        _print_json(total.to_json())
+        _print_json(_sides_json(ends) | total.to_json())
     elif stat:
         for mark, counts in total.marks.items():
             click.echo(f"{mark} {counts.paths:>9} {render.size(counts.bytes):>10}  {mark.words}")
     return EXIT_OK
+
+
+def _sides_json(ends: list[Side]) -> dict[str, Any]:
+    return {name: asdict(side) for name, side in zip(("from", "to"), ends, strict=True)}
 
 
 def _change_json(change: Change) -> str:

@@ -10,28 +10,37 @@ import asyncio
 import getpass
 import json
 import os
+import re
 import stat
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import click
 
-from syncd import logs, oneshot
+from syncd import logs, oneshot, render
 from syncd.channels import MAX_TERM, Channels
 from syncd.errors import EXIT_OK, DiskProblem, UsageError
 from syncd.history import History
 from syncd.keysets import KeyChange, KeySets
 from syncd.paths import printable
-from syncd.records import sign_generation
+from syncd.records import (
+    EXPECT_DIGITS,
+    Signable,
+    check_expected,
+    check_vouched,
+    generation_to_sign,
+    sign_record,
+)
 from syncd.settings import Settings, load
 from syncd.signatures import generate
 from syncd.store.base import HEAD
-from syncd.trust import Trust
+from syncd.trust import Statement
 from syncd.wiring import read_signer
 
 if TYPE_CHECKING:
@@ -41,12 +50,14 @@ if TYPE_CHECKING:
     from syncd.keysets import KeySetState
     from syncd.signatures import Signer
     from syncd.store.base import Bucket
+    from syncd.trust import Trust
 
 T = TypeVar("T")
 Command = Callable[..., Any]
 
 SEED_MODE: Final = 0o600
 DAY: Final = 86400.0
+_DIGEST: Final = re.compile(rf"[0-9a-f]{{{EXPECT_DIGITS},64}}")
 
 
 # -- seeds -------------------------------------------------------------------------------------------------------------
@@ -131,6 +142,21 @@ _seed_option = click.option(
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _why_option = click.option("--why", default="", metavar="TEXT", help="A line of text: the reason, for people.")
+
+
+def trust_options(command: Command) -> Command:
+    """Give a command what names the keys that subscribers start from."""
+    options = (
+        click.option(
+            "--trust", multiple=True, metavar="KEY", help="A key of subscribers' trusted_keys, if not configured here."
+        ),
+        click.option(
+            "--trust-threshold", type=click.IntRange(min=1), default=1, metavar="N", help="And their threshold."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def _move_options(command: Command) -> Command:
@@ -283,7 +309,7 @@ def channels_command(settings: Settings, folder: str, *, remove: str | None, as_
     if as_json:
         _print_json([asdict(one) for one in found])
         return EXIT_OK
-    heads = ["channel", "generation", "behind", "moves", "time", "by", "signed", "why"]
+    heads = ["channel", "generation", "behind", "moves", "time", "by", "signed", "digest", "why"]
     rows = [
         [
             one.name,
@@ -293,6 +319,7 @@ def channels_command(settings: Settings, folder: str, *, remove: str | None, as_
             one.at.partition(".")[0].removesuffix("Z") + "Z" if one.at else "-",
             one.who or "-",
             str(len(one.signers) or "-"),
+            one.digest[:EXPECT_DIGITS] or "-",
             one.why,
         ]
         for one in found
@@ -320,10 +347,7 @@ def keygen(file: Path) -> int:
 @click.option("--add", multiple=True, metavar="KEY", help="Trust this public key as well.")
 @click.option("--remove", multiple=True, metavar="KEY", help="Trust this one no more.")
 @click.option("--threshold", type=click.IntRange(min=1), metavar="N", help="So many keys have to sign.")
-@click.option(
-    "--trust", multiple=True, metavar="KEY", help="A key of subscribers' trusted_keys, if not configured here."
-)
-@click.option("--trust-threshold", type=click.IntRange(min=1), default=1, metavar="N", help="And their threshold.")
+@trust_options
 @click.option(
     "--seed-file", "seed_files", type=_FILE, multiple=True, metavar="FILE", help="Sign with this; may be repeated."
 )
@@ -351,7 +375,7 @@ def keys(
     configuration.
     """
     oneshot.check_note(why)
-    configured = _configured(settings, folder, trust, trust_threshold)
+    configured = oneshot.trusted(settings, folder, trust, trust_threshold)
     changes = bool(add or remove or threshold)
     if changes and configured is None:
         raise UsageError("it is not known which keys are trusted now", hint="name those of trusted_keys: --trust KEY")
@@ -375,22 +399,6 @@ def keys(
     return EXIT_OK
 
 
-def _configured(settings: Settings, folder: str, keys: tuple[str, ...], threshold: int) -> Trust | None:
-    """Return the keys that subscribers start from, ``None`` where nobody says.
-
-    :raises UsageError: they are none.
-    """
-    named = next((item for item in settings.subscribe if item.folder == folder and item.trusted_keys), None)
-    if not keys and named is not None:
-        keys, threshold = named.trusted_keys, named.trusted_threshold
-    if not keys:
-        return None
-    try:
-        return Trust(frozenset(keys), threshold)
-    except ValueError as error:
-        raise UsageError(f"trusted keys: {error}") from None
-
-
 def _show_keys(folder: str, found: list[KeySetState], configured: Trust | None) -> None:
     if not found:
         click.echo(f"{folder}: no key sets: subscribers trust what their trusted_keys name")
@@ -407,6 +415,10 @@ def _show_keys(folder: str, found: list[KeySetState], configured: Trust | None) 
         )
         for key in one.keys:
             click.echo(f"  {key}")
+        click.echo(f"  digest {one.digest}")
+
+
+# -- adding signatures -------------------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -414,6 +426,9 @@ def _show_keys(folder: str, found: list[KeySetState], configured: Trust | None) 
 @click.option("--generation", type=click.IntRange(min=1), metavar="N", help="Sign generation N.")
 @click.option("--channel", metavar="NAME", help="Sign the move of this channel, and the generation it points at.")
 @click.option("--keys", "version", type=click.IntRange(min=1), metavar="N", help="Sign key set N.")
+@click.option("--expect", metavar="DIGEST", help="Sign what has this digest and nothing else, without asking.")
+@click.option("--first", is_flag=True, help="Sign also what no key that is trusted now has signed.")
+@trust_options
 @_seed_option
 @_json_option
 @_with_settings
@@ -424,42 +439,133 @@ def sign(
     generation: int | None,
     channel: str | None,
     version: int | None,
+    expect: str | None,
+    first: bool,
+    trust: tuple[str, ...],
+    trust_threshold: int,
     seed_file: Path | None,
     as_json: bool,
 ) -> int:
     """Add a signature to what FOLDER has already: a generation, a channel's move, a key set.
 
-    Look at what you sign: syncd log, syncd diff, syncd channels, syncd keys.
+    Look first: syncd diff, syncd channels, syncd keys tell the digest of what they show. Without --expect this shows
+    what would be signed, and asks.
     """
-    if generation is None and channel is None and version is None:
-        raise UsageError("nothing to sign", hint="name it: --generation N, --channel NAME or --keys N")
+    wanted = _wanted(generation, channel, version)
+    pin = None if expect is None else _digest(expect)
     signer = _signer(settings, folder, seed_file)
     if signer is None:
         raise UsageError("nothing to sign with", hint="name a seed: --seed-file FILE")
+    configured = oneshot.trusted(settings, folder, trust, trust_threshold)
+    if pin is None and not _on_terminal():
+        raise UsageError(
+            "nobody to ask here what is to be signed, and no --expect says it",
+            hint="look at it: syncd diff, channels and keys name the digest of what they show",
+        )
+    # Two connections: a person may take longer to look than a server waits. What they saw is what is written over, or
+    # the fence says that it is there no more.
+    things, keys = _run(_look(settings, folder, wanted, configured))
+    if pin is not None:
+        check_expected(things[-1], pin)
+    if not first:
+        for one in things:
+            check_vouched(one, keys)
+    if pin is None:
+        _ask(things, keys or frozenset(), signer)
+    done = _run(_write(settings, folder, things, signer))
+    if as_json:
+        signed = [{"what": one.what, "digest": one.digest, "new": new} for one, new in done]
+        _print_json({"key": signer.public, "signed": signed})
+        return EXIT_OK
+    for one, new in done:
+        said = "signed" if new else "had been signed already"
+        click.echo(f"{folder}: {printable(one.what)}: {said} by {signer.public}")
+    return EXIT_OK
 
-    async def work() -> list[tuple[str, bool]]:
-        done: list[tuple[str, bool]] = []
-        async with oneshot.open_bucket(settings, folder) as bucket:
-            await History.open(bucket)
-            channels = Channels(bucket, time.time)
-            if generation is not None:
-                done.append((f"generation {generation}", await sign_generation(bucket, generation, signer)))
-            if channel is not None:
-                number = await channels.target(channel)
-                if number and number != generation:  # before the channel: whoever looks then finds both
-                    done.append((f"generation {number}", await sign_generation(bucket, number, signer)))
-                done.append((f"channel {channel}", await channels.sign(channel, signer)))
-            if version is not None:
-                done.append((f"key set {version}", await KeySets(bucket, time.time).sign(version, signer)))
+
+class _Wanted(NamedTuple):
+    """What is to be signed: one of the three."""
+
+    generation: int | None
+    channel: str | None
+    version: int | None
+
+
+def _wanted(generation: int | None, channel: str | None, version: int | None) -> _Wanted:
+    """Return what is to be signed.
+
+    :raises UsageError: nothing; or more than one thing, which no one digest could name.
+    """
+    wanted = _Wanted(generation, channel, version)
+    named = sum(one is not None for one in wanted)
+    if named != 1:
+        raise UsageError(
+            "more than one thing to sign at once" if named else "nothing to sign",
+            hint="name it: --generation N, --channel NAME or --keys N",
+        )
+    return wanted
+
+
+async def _look(
+    settings: Settings, folder: str, wanted: _Wanted, configured: Trust | None
+) -> tuple[list[Signable], frozenset[str] | None]:
+    """Return what is to be signed, what --expect names last, and the keys that are trusted now."""
+    async with oneshot.open_bucket(settings, folder) as bucket:
+        await History.open(bucket)
+        sets = KeySets(bucket, time.time)
+        keys = None if configured is None else (await sets.trusted(configured)).keys
+        if wanted.generation is not None:
+            return [await generation_to_sign(bucket, wanted.generation)], keys
+        if wanted.channel is not None:
+            return list(await Channels(bucket, time.time).to_sign(wanted.channel)), keys
+        assert wanted.version is not None
+        return [await sets.to_sign(wanted.version)], keys
+
+
+async def _write(
+    settings: Settings, folder: str, things: Sequence[Signable], signer: Signer
+) -> list[tuple[Signable, bool]]:
+    """Add signatures to what was looked at; tell of each whether it is new."""
+    async with oneshot.open_bucket(settings, folder) as bucket:
+        channels = Channels(bucket, time.time)
+        done: list[tuple[Signable, bool]] = []
+        for one in things:
+            move = one.kind is Statement.MOVE
+            done.append((one, await (channels.sign(one, signer) if move else sign_record(bucket, one, signer))))
         return done
 
-    done = _run(work())
-    if as_json:
-        _print_json({"key": signer.public, "signed": [{"what": what, "new": new} for what, new in done]})
-        return EXIT_OK
-    for what, new in done:
-        click.echo(f"{folder}: {printable(what)}: {'signed' if new else 'had been signed already'} by {signer.public}")
-    return EXIT_OK
+
+def _digest(text: str) -> str:
+    """Return the digits that name what was looked at.
+
+    :raises UsageError: they name nothing, or too much.
+    """
+    digits = text.lower()
+    if not _DIGEST.fullmatch(digits):
+        raise UsageError(
+            f"--expect {printable(text)!r} is no digest",
+            hint=f"it has 64 hex digits, of which {EXPECT_DIGITS} will do",
+        )
+    return digits
+
+
+def _on_terminal() -> bool:
+    """Tell whether there is somebody who sees what is shown, and can answer. Either may be closed."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
+def _ask(things: Sequence[Signable], trusted: frozenset[str], signer: Signer) -> None:
+    """Show what would be signed, and let a person decide.
+
+    :raises click.Abort: it is not to be signed.
+    """
+    for one in things:
+        for line in render.signable_lines(one, trusted):
+            click.echo(line, err=True)
+    click.echo(f"Sign this with {signer.public}? [y/N]: ", nl=False, err=True)
+    if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+        click.echo("syncd: nothing was signed", err=True)
+        raise click.Abort
 
 
 COMMANDS: Final[tuple[click.Command, ...]] = (promote, rollback, channels_command, keygen, keys, sign)

@@ -12,18 +12,20 @@ import asyncio
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from syncd.errors import ObjectCorrupt, Unavailable, UsageError
+from syncd.errors import ObjectCorrupt, SyncdError, Unavailable, UsageError
 from syncd.model import Kind
-from syncd.nodes import NodeRef
+from syncd.nodes import NodeRef, digest_of
 from syncd.paths import printable
+from syncd.records import good_signers
 from syncd.store import mapping
 from syncd.store.base import CHANNELS, HEAD, BadMeta
 from syncd.store.content import Hashes
 from syncd.treediff import Mark, differences, entries
 from syncd.trees import TreeReader, layout_of, number_of
+from syncd.trust import Statement, check_move, decode_move
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from syncd.nodes import Child
     from syncd.store.base import Bucket, ObjectInfo, Sink
@@ -85,6 +87,34 @@ class DiffStat:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {mark.name.lower(): asdict(counts) for mark, counts in self.marks.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of two generations that are compared: what a person looks at, and may sign then.
+
+    :ivar record: BLAKE3 of its record, and so of all that it holds.
+    :ivar signers: keys with a good signature over the record, trusted or not.
+    :ivar channel: the channel that led to it; "" where it was named by its number.
+    :ivar count, move: which move of the channel led here, and BLAKE3 of that, which names the record as well; 0 and ""
+        where the channel's move is not readable, or leads elsewhere.
+    """
+
+    generation: int
+    record: str
+    signers: tuple[str, ...] = ()
+    channel: str = ""
+    count: int = 0
+    move: str = ""
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        by = f", signed by {', '.join(self.signers)}" if self.signers else ""
+        text = f"generation {self.generation}, record {self.record}{by}"
+        if not self.channel:
+            return text
+        move = f"move {self.count}, digest {self.move}" if self.move else "no move that leads here"
+        return f"{text}; channel {self.channel}: {move}"
 
 
 class History:
@@ -194,12 +224,33 @@ class History:
         async for path, child in entries(self.reader, commit.generation.root):
             yield path, child
 
-    async def differences(self, one: str | int, other: str | int) -> AsyncIterator[Change]:
-        """Yield what two generations do not share, in path order, without directories that were only touched."""
+    async def differences(
+        self, one: str | int, other: str | int, sides: Callable[[Side, Side], None] | None = None
+    ) -> AsyncIterator[Change]:
+        """Yield what two generations do not share, in path order, without directories that were only touched.
+
+        :param sides: told first which two were read.
+        """
         before, after = await self.commit(one), await self.commit(other)
+        if sides is not None:
+            sides(self._side(one, before), self._side(other, after))
         async for change in differences(self.reader, before.generation.root, after.generation.root):
             if not change.only_touched:
                 yield change
+
+    def _side(self, which: str | int, commit: Commit) -> Side:
+        number, record = commit.generation.number, commit.digest
+        by = good_signers(Statement.GENERATION, commit.record, commit.signatures)
+        if _number(which) is not None:
+            return Side(number, record, by)
+        channel = str(which)
+        data = commit.move.encode("utf-8", "surrogatepass")
+        try:
+            move = decode_move(data)
+            check_move(move, folder=self._bucket.name, channel=channel, number=number, record=record)
+        except SyncdError:
+            return Side(number, record, by, channel)
+        return Side(number, record, by, channel, move.count, digest_of(data))
 
     async def save(self, path: str, out: Sink, which: str | int = HEAD) -> None:
         """Write a file's content to ``out``, which must be thrown away if this raises: the end decides.

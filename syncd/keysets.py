@@ -18,7 +18,7 @@ from syncd.errors import ObjectCorrupt, ObjectGone, SyncdError, UsageError, Writ
 from syncd.moves import time_text
 from syncd.nodes import digest_of
 from syncd.paths import printable
-from syncd.records import good_signers, sign_object, signature_text, small_content
+from syncd.records import Signable, good_signers, signature_text, small_content
 from syncd.signatures import Signer, is_public
 from syncd.store.base import ObjectMeta, SmallPut
 from syncd.store.mapping import KEY_SET, KIND
@@ -62,6 +62,7 @@ class StoredKeys(NamedTuple):
 class KeySetState:
     """A key set as the bucket tells it.
 
+    :ivar digest: BLAKE3 of its record.
     :ivar signers: keys with a good signature over it, trusted or not.
     :ivar trusted: whether the chain from the keys that were asked about leads to it, or beyond.
     :ivar problem: why it cannot be read; "" for nothing.
@@ -72,6 +73,7 @@ class KeySetState:
     threshold: int = 0
     at: str = ""
     why: str = ""
+    digest: str = ""
     signers: tuple[str, ...] = ()
     trusted: bool = False
     problem: str = ""
@@ -138,6 +140,10 @@ class KeySets:
         reached = self._present(configured, records).version if configured is not None else 0
         return [_keys_state(version, one, trusted=version <= reached) for version, one in records.items()]
 
+    async def trusted(self, configured: Trust) -> Trust:
+        """Return what is trusted now by whoever is configured so, as far as the key sets of the bucket lead."""
+        return self._present(configured, await read_keys(self._bucket))
+
     async def change(
         self,
         configured: Trust,
@@ -149,7 +155,7 @@ class KeySets:
         """Write the next key set.
 
         :param configured: the keys that subscribers' configurations name: what the bucket says is not believed.
-        :param signers: of the keys trusted now. Too few of them may sign: then others add theirs (:meth:`sign`).
+        :param signers: of the keys trusted now. Too few of them may sign: then others add theirs (:meth:`to_sign`).
         :param instead: write over a next one that is there already and lacks signatures.
         :raises UsageError: a change that makes no sense, or a signer who is not trusted.
         :raises WriteConflict: somebody else wrote the next one meanwhile, or before, and it waits for signatures.
@@ -182,12 +188,11 @@ class KeySets:
         self._log.info("keys_changed", version=version, keys=len(keys), threshold=threshold, signatures=good)
         return KeysChanged(version, keys, threshold, good, trust.threshold)
 
-    async def sign(self, version: int, signer: Signer) -> bool:
-        """Add a signature to a key set; tell whether it is new.
+    async def to_sign(self, version: int) -> Signable:
+        """Return a key set's record.
 
         :raises UsageError: there is no such key set.
         :raises ObjectCorrupt: it is not readable, or does not follow the one before it.
-        :raises WriteConflict: somebody else wrote it meanwhile.
         """
         records = await read_keys(self._bucket)
         one = records.get(version)
@@ -197,7 +202,7 @@ class KeySets:
         parent = digest_of(records[version - 1].data) if version > 1 else ""
         if (keys.folder, keys.version, keys.parent) != (self._bucket.name, version, parent):
             raise ObjectCorrupt(f"key set {version} is another folder's, or does not follow the one before it")
-        return await sign_object(self._bucket, one.info, Statement.KEYS, one.data, signer)
+        return Signable(f"key set {version}", Statement.KEYS, one.info, one.data)
 
     def _present(self, configured: Trust, records: dict[int, StoredKeys]) -> Trust:
         """Return what is trusted by what the bucket has, given what the configuration names."""
@@ -264,6 +269,7 @@ def _keys_state(version: int, one: StoredKeys, *, trusted: bool) -> KeySetState:
         threshold=keys.threshold,
         at=keys.at,
         why=keys.why,
+        digest=digest_of(one.data),
         signers=good_signers(Statement.KEYS, one.data, one.signatures),
         trusted=trusted,
     )

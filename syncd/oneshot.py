@@ -10,7 +10,7 @@ import tempfile
 import time
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from syncd.audit import Takes, Verdict, audit
 from syncd.checkout import APPLIED
@@ -31,10 +31,11 @@ from syncd.store.connection import Connection, require_jetstream
 from syncd.store.probe import missing_permissions
 from syncd.store.reasons import check_version
 from syncd.subscriber import SubscribeOptions, Subscriber
+from syncd.trust import Trust
 from syncd.wiring import connection_options, publish_options, rollout_options, subscribe_options
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Collection
 
     from syncd.outlet import PushResult
     from syncd.progress import Progress
@@ -64,9 +65,61 @@ async def open_store(settings: Settings) -> AsyncIterator[tuple[Store, Connectio
         await connection.close()
 
 
-def absolute(path: Path) -> Path:
-    """Return a path from the working directory as the settings write paths."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow symlinks
+class Place(NamedTuple):
+    """A directory that a person named.
+
+    :ivar path: its one spelling, so that what is remembered of it is found again: that of the configuration, else
+        without symlinks.
+    :ivar item: the [[subscribe]] that is about it; ``None``: there is none.
+    """
+
+    path: Path
+    item: SubscribeSettings | None
+
+
+def place_of(settings: Settings, directory: Path, folder: str | None = None) -> Place:
+    """Return which mirror a directory is, by whatever name (relative, through a symlink, a second mount). Blocking.
+
+    :param folder: look only at its mirrors.
+    """
+    for item in settings.subscribe:
+        if folder in {None, item.folder} and _same(item.path, directory):
+            return Place(item.path, item)
+    return Place(Path(os.path.realpath(directory)), None)
+
+
+def _same(one: Path, other: Path) -> bool:
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True  # neither has to be there
+    with contextlib.suppress(OSError):
+        return one.samefile(other)
+    return False
+
+
+def trusted(settings: Settings, folder: str, keys: Collection[str] = (), threshold: int = 1) -> Trust | None:
+    """Return the keys that a folder's subscribers start from: those that a person names, else the configuration's.
+
+    ``None`` where nobody says.
+
+    :raises UsageError: they are none; or the configuration says more than one thing.
+    """
+    named = {
+        (frozenset(item.trusted_keys), item.trusted_threshold)
+        for item in settings.subscribe
+        if item.folder == folder and item.trusted_keys
+    }
+    if keys:
+        named = {(frozenset(keys), threshold)}
+    if not named:
+        return None
+    if len(named) > 1:
+        raise UsageError(
+            f"the [[subscribe]]s of folder {folder!r} do not trust the same keys", hint="say which: --trust KEY"
+        )
+    try:
+        return Trust(*named.pop())
+    except ValueError as error:
+        raise UsageError(f"trusted keys: {error}") from None
 
 
 def _keeper(role: str, folder: str, path: Path) -> StatusKeeper:
@@ -147,16 +200,26 @@ async def pull(
     *,
     allow_delete: bool,
     generation: int = 0,
+    trust: Trust | None = None,
+    unchecked: Callable[[str], None] | None = None,
     progress: Callable[[Progress], None] | None,
 ) -> PullResult:
     """Bring a directory up to a bucket once; a configured mirror of it keeps its options.
 
     :param generation: bring it to this generation; 0: to the newest.
-    :raises UsageError: there is no such generation, or the bucket keeps none.
+    :param trust: what a directory that is no configured mirror trusts; ``None``: what the folder's mirrors trust.
+    :param unchecked: told why signatures are not checked, where they are not, before anything is written.
+    :raises UsageError: there is no such generation, or the bucket keeps none; or whom to trust is not clear.
     """
-    directory = absolute(directory)
-    item = next((item for item in settings.subscribe if item.folder == folder and item.path == directory), None)
-    options = subscribe_options(item) if item else SubscribeOptions(folder, directory, Rules())
+    directory, item = await asyncio.to_thread(place_of, settings, directory, folder)
+    if item is not None and trust is not None:
+        raise UsageError(
+            f"{directory} has a [[subscribe]], which says whom it trusts", hint="leave --trust out, or change that"
+        )
+    if item is not None:
+        options = subscribe_options(item)
+    else:
+        options = SubscribeOptions(folder, directory, Rules(), trust=trust or trusted(settings, folder))
     state = StateDir(settings.daemon.state_dir)
     state.prepare()
     index_file = state.index_file("subscribe", folder, directory)
@@ -165,6 +228,9 @@ async def pull(
     async with open_store(settings) as (store, _):
         if generation:
             await (await History.open(store.bucket(folder))).commit(generation)  # in plain words, before anything else
+        if options.trust is None and unchecked is not None:
+            at = "" if item is None else f" at {directory}"
+            unchecked(f"no trusted_keys are configured for {folder}{at}")
         subscriber = Subscriber(options, store, index_file, status=_keeper("subscribe", folder, directory))
         return await subscriber.pull(allow_delete=allow_delete, generation=generation, progress=progress)
 
@@ -246,8 +312,7 @@ async def verify(settings: Settings, directory: Path, folder: str | None, *, gen
     :param generation: what to compare with; 0: what this host applied, as far as it knows, else the head.
     :raises UsageError: the directory is no configured mirror and no folder is named; or there is no such generation.
     """
-    directory = absolute(directory)
-    item = next((item for item in settings.subscribe if item.path == directory), None)
+    directory, item = await asyncio.to_thread(place_of, settings, directory)
     if folder is None and item is None:
         raise UsageError(f"{directory} is no [[subscribe]] path of the configuration", hint="name it: --folder FOLDER")
     name = folder or (item.folder if item else "")

@@ -1,14 +1,19 @@
-"""Signed records as a bucket holds them: reading a generation's, adding a signature to one.
+"""Signed records as a bucket holds them: reading one, judging whether a person is to sign it, adding a signature.
 
-Nothing is signed whose folder or number is not what it is said to be. Who else signed it is for subscribers to judge
-(:mod:`syncd.trust`): what is good here is good by whatever key.
+Rules kept here:
+ * nothing is signed whose folder or number is not what it is said to be;
+ * what is signed was read before (:class:`Signable`): what was shown and judged of it are the very bytes that the
+   signature is over, and the write is fenced by the sequence that was read.
+
+Who else signed a record is for subscribers to judge (:mod:`syncd.trust`): what is good here is good by whatever key.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from syncd.errors import BadSignatures, ObjectCorrupt, ObjectGone, UsageError, WriteConflict
+from syncd.errors import BadSignatures, ObjectCorrupt, ObjectGone, Untrusted, UsageError, WriteConflict
 from syncd.nodes import Generation, decode_record, digest_of
 from syncd.paths import printable
 from syncd.signatures import (
@@ -24,7 +29,12 @@ from syncd.trees import generation_name
 from syncd.trust import SIGNATURES, Statement, statement_of
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from syncd.store.base import Bucket, ObjectInfo
+
+EXPECT_DIGITS: Final = 32
+"""Of a digest that names what was looked at: so many at least."""
 
 
 def signature_text(kind: Statement, data: bytes, *signer: Signer, before: str = "") -> str:
@@ -91,35 +101,101 @@ async def read_record(bucket: Bucket, number: int) -> Record | None:
     return Record(info, data, generation)
 
 
-async def sign_generation(bucket: Bucket, number: int, signer: Signer) -> bool:
-    """Add a signature to a generation; tell whether it is new.
+# -- what a person signs -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Signable:
+    """A record as it was read, to be shown, judged and signed: these bytes, and no others.
+
+    :ivar what: what it is, in words.
+    :ivar info: the object it was read from: its sequence fences the signature.
+    :ivar data: the record's bytes.
+    """
+
+    what: str
+    kind: Statement
+    info: ObjectInfo
+    data: bytes
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 of the record: the name of what was looked at. That of a move pins the generation's record, too."""
+        return digest_of(self.data)
+
+    @property
+    def signers(self) -> tuple[str, ...]:
+        """Keys with a good signature over it, trusted or not."""
+        return good_signers(self.kind, self.data, self.info.metadata.get(SIGNATURES, ""))
+
+
+def check_expected(one: Signable, expected: str) -> None:
+    """Check that a record is the one that somebody looked at.
+
+    :param expected: its digest, or the first digits of it.
+    :raises Untrusted: it is another one.
+    """
+    if len(expected) < EXPECT_DIGITS or not one.digest.startswith(expected):
+        raise Untrusted(
+            f"{printable(one.what)} is not what --expect names: it is not signed",
+            hint="somebody wrote it since; look at it again, and find out who it was",
+        )
+
+
+def check_vouched(one: Signable, keys: Collection[str] | None) -> None:
+    """Check that somebody who is trusted has signed a record before: nobody else's work is to be made good.
+
+    :param keys: those that are trusted now; ``None``: nobody knows.
+    :raises Untrusted: nobody has.
+    """
+    if keys is None:
+        raise Untrusted(
+            f"it is not known which keys are trusted now: nobody vouches for {printable(one.what)}",
+            hint="name those of trusted_keys: --trust KEY; for a folder's first signature: --first",
+        )
+    if not set(one.signers).intersection(keys):
+        raise Untrusted(
+            f"{printable(one.what)} has no good signature by a key that is trusted now",
+            hint="find out who wrote it; where nobody could have signed it yet: --first",
+        )
+
+
+async def generation_to_sign(bucket: Bucket, number: int) -> Signable:
+    """Return a generation's record.
 
     :raises UsageError: there is no such generation.
-    :raises WriteConflict: somebody else wrote it meanwhile; try again.
+    :raises ObjectCorrupt, ObjectGone: it cannot be read.
     """
     record = await read_record(bucket, number)
     if record is None:
         raise no_generation(bucket.name, number)
-    return await sign_object(bucket, record.info, Statement.GENERATION, record.data, signer)
+    return signable_generation(record)
 
 
-async def sign_object(bucket: Bucket, info: ObjectInfo, kind: Statement, data: bytes, signer: Signer) -> bool:
-    """Add a signature to an object that holds a record; tell whether it is new.
+def signable_generation(record: Record) -> Signable:
+    """Return a generation's record as what may be signed."""
+    return Signable(f"generation {record.generation.number}", Statement.GENERATION, record.info, record.data)
 
-    :param data: the record, which the caller has read and judged.
-    :raises WriteConflict: somebody else wrote it meanwhile; try again.
+
+async def sign_record(bucket: Bucket, one: Signable, signer: Signer) -> bool:
+    """Add a signature to an object whose content is a record; tell whether it is new.
+
+    :raises WriteConflict: somebody else wrote it since it was read.
     """
-    before = info.metadata.get(SIGNATURES, "")
-    if signer.public in good_signers(kind, data, before):
+    if signer.public in one.signers:
         return False
-    text = signature_text(kind, data, signer, before=before)
+    info = one.info
+    text = signature_text(one.kind, one.data, signer, before=info.metadata.get(SIGNATURES, ""))
     meta = ObjectMeta(info.name, info.description, info.headers, {**info.metadata, SIGNATURES: text})
-    stored = Stored(info.nuid, info.chunks, info.size, digest_of(data), info.sha256, info.chunk_size)
+    stored = Stored(info.nuid, info.chunks, info.size, one.digest, info.sha256, info.chunk_size)
     try:
         await bucket.put_meta(meta, stored, expected_seq=info.seq)
     except WriteConflict as error:
-        raise WriteConflict(f"somebody else wrote {info.name} meanwhile", hint="try again") from error
+        raise WriteConflict(f"somebody else wrote {info.name} meanwhile", hint="look at it again") from error
     return True
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 async def small_content(bucket: Bucket, info: ObjectInfo) -> bytes:

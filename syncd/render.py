@@ -15,14 +15,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from syncd.nodes import decode_record
 from syncd.paths import printable
+from syncd.trust import Statement, decode_keys, decode_move
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from syncd.history import Summary
     from syncd.progress import Progress as Step
+    from syncd.records import Signable
     from syncd.status import FolderStatus
 
 SHOWN_PROBLEMS = 20
@@ -113,6 +116,65 @@ def _second(moment: str) -> str:
         return when(datetime.fromisoformat(moment).timestamp())
     except (ValueError, OverflowError):
         return moment
+
+
+# -- what is to be signed ------------------------------------------------------------------------------------------
+
+
+def signable_lines(one: Signable, trusted: Collection[str]) -> list[str]:
+    """Return what would be signed, in lines for a person: read from the very bytes that a signature would be over.
+
+    :param trusted: the keys that are trusted now.
+    """
+    told = {Statement.GENERATION: _generation_lines, Statement.MOVE: _move_lines, Statement.KEYS: _keys_lines}
+    head, *rest = told[one.kind](one.data)
+    rest.append(f"digest {one.digest}")
+    rest += [f"signed by {key}{'' if key in trusted else ' (not trusted)'}" for key in one.signers]
+    if not one.signers:
+        rest.append("signed by nobody")
+    return [printable(head), *(f"  {printable(line)}" for line in rest)]
+
+
+def _generation_lines(data: bytes) -> list[str]:
+    record = decode_record(data)
+    lines = [
+        f"generation {record.number} of folder {record.folder}",
+        f"made {record.created} by {record.publisher}",
+        f"{record.files} files, {size(record.size)}",
+        f"+{record.added} ~{record.changed} -{record.removed} against the one before",
+        f"tree {record.root.tree}",
+        f"after the record {record.parent}" if record.parent else "the first",
+    ]
+    if record.note:
+        lines.append(f"note: {record.note}")
+    if record.expires:
+        lines.append(f"until {record.expires}")
+    return lines
+
+
+def _move_lines(data: bytes) -> list[str]:
+    move = decode_move(data)
+    lines = [
+        f"channel {move.channel} of folder {move.folder}: move {move.count}, to generation {move.number}",
+        f"made {move.at} by {move.who or 'somebody who does not say'}",
+        f"to the record {move.record}",
+        f"until {move.expires}" if move.expires else "without an end",
+    ]
+    if move.why:
+        lines.append(f"why: {move.why}")
+    return lines
+
+
+def _keys_lines(data: bytes) -> list[str]:
+    keys = decode_keys(data)
+    lines = [
+        f"key set {keys.version} of folder {keys.folder}: {keys.threshold} of {len(keys.keys)} have to sign",
+        f"made {keys.at}",
+        *(f"key {key}" for key in keys.keys),
+    ]
+    if keys.why:
+        lines.append(f"why: {keys.why}")
+    return lines
 
 
 # -- progress ------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from syncd.channels import Channels
 from syncd.errors import ObjectGone, WriteConflict
 from syncd.keysets import KeyChange, KeySets, read_keys
 from syncd.nodes import digest_of
-from syncd.records import read_record, sign_generation
+from syncd.records import read_record
 from syncd.signatures import Signer, generate
 from syncd.store.base import CHANNELS, HEAD, BucketSpec, Link
 from syncd.trees import generation_name
 from syncd.trust import MOVE, SIGNATURES, Offer, Seen, Trust, decode_move, follow, judge_offer, keys_name
+from tests.support.signing import sign_generation, sign_move
 from tests.support.specs import CHUNK, Spec, commit
 from tests.support.store import live_kit, lose_answers
 
@@ -76,7 +77,7 @@ async def test_a_signed_channel_goes_all_the_way(bucket: NatsBucket) -> None:
         await channels.promote(3, "stable", who="ann@desk", why="tested", signer=one)
         seen = judge_offer(trust, Seen(), await offer_of(bucket, "stable")).seen
         await channels.rollback("stable", who="bob@desk", signer=one)
-        assert await channels.sign("stable", two)
+        assert await sign_move(channels, "stable", two)
         accepted = judge_offer(trust, seen, await offer_of(bucket, "stable"))
         assert (accepted.move.number, accepted.move.count, accepted.move.who) == (2, 2, "bob@desk")
         await sets.change(trust, KeyChange((two.public,), (one.public,)), [one])

@@ -16,7 +16,15 @@ from syncd.moves import MAX_NEXT_COUNT, move_metadata
 from syncd.nodes import Location, Piece, Recipe, Where, digest_of, encode_recipe, encode_record
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
-from syncd.records import read_record, sign_generation, signature_text
+from syncd.records import (
+    EXPECT_DIGITS,
+    check_expected,
+    check_vouched,
+    generation_to_sign,
+    read_record,
+    sign_record,
+    signature_text,
+)
 from syncd.rules import Rules
 from syncd.signatures import MAX_SIGNATURES, Signer, decode_signatures, encode_signatures, generate
 from syncd.status import FolderStatus, StatusKeeper
@@ -40,6 +48,7 @@ from tests.support.channels import (
     offer_of,
     trust_of,
 )
+from tests.support.signing import sign_generation, sign_move
 from tests.support.specs import CHUNK, Builder, Spec, commit
 from tests.support.store import get
 
@@ -596,11 +605,11 @@ async def test_a_signed_move_to_a_signed_generation_is_followed(
     assert await sign_generation(bucket, 1, signers[0])
     with pytest.raises(Untrusted, match="1 good signatures by trusted keys where 2 are needed"):
         judge_offer(trust, Seen(), await offer_of(bucket, "stable"))
-    assert await channels.sign("stable", signers[1])
+    assert await sign_move(channels, "stable", signers[1])
     assert await sign_generation(bucket, 1, signers[2])
     accepted = judge_offer(trust, Seen(), await offer_of(bucket, "stable"))
     assert (accepted.move.number, accepted.seen.count) == (1, 1)
-    assert await channels.sign("stable", signers[2])
+    assert await sign_move(channels, "stable", signers[2])
     again = judge_offer(trust, accepted.seen, await offer_of(bucket, "stable"))
     assert (again.seen.move, again.seen.count) == (accepted.seen.move, 1)
     assert (await channels.promote(1, "stable", who=ANN, signer=signers[0])).signatures == 2
@@ -614,7 +623,7 @@ async def test_a_signature_changes_nothing_else(
     content = await get(bucket, generation_name(1))
     ways: list[tuple[str, Callable[[], Awaitable[bool]]]] = [
         (generation_name(1), lambda: sign_generation(bucket, 1, signers[0])),
-        (CHANNELS + "stable", lambda: channels.sign("stable", signers[0])),
+        (CHANNELS + "stable", lambda: sign_move(channels, "stable", signers[0])),
     ]
     for name, sign in ways:
         before = await bucket.get_info(name)
@@ -679,8 +688,32 @@ async def test_a_move_that_is_not_what_the_channel_does_is_not_signed(
     await bucket.put_link(CHANNELS + "stable", Link("app", generation_name(1)), metadata={MOVE: text})
     before = await link_of(bucket, "stable")
     with pytest.raises(Untrusted, match=said):
-        await channels.sign("stable", signers[0])
+        await sign_move(channels, "stable", signers[0])
     assert await link_of(bucket, "stable") == before
+
+
+@pytest.mark.fault("K1")
+async def test_a_record_is_judged_before_it_is_signed(bucket: MemoryBucket, signers: list[Signer]) -> None:
+    """It is what somebody looked at, by half of its digest at least; and somebody who is trusted has signed it."""
+    one, two = signers[:2]
+    record = await generation_to_sign(bucket, 1)
+    for expected in (record.digest, record.digest[:EXPECT_DIGITS]):
+        check_expected(record, expected)
+    for expected in ("", record.digest[: EXPECT_DIGITS - 1], record.digest[1:], record.digest + "0"):
+        with pytest.raises(Untrusted, match="not what --expect names"):
+            check_expected(record, expected)
+    await sign_generation(bucket, 1, one)
+    with pytest.raises(Untrusted, match="no good signature"):
+        check_vouched(record, {one.public})  # as it was read
+    signed = await generation_to_sign(bucket, 1)
+    check_vouched(signed, {one.public, two.public})
+    for keys in ({two.public}, set()):
+        with pytest.raises(Untrusted, match="no good signature"):
+            check_vouched(signed, keys)
+    with pytest.raises(Untrusted, match="not known which keys are trusted"):
+        check_vouched(signed, None)
+    with pytest.raises(WriteConflict):
+        await sign_record(bucket, record, two)  # it is not as it was read any more
 
 
 async def test_what_has_no_move_cannot_be_signed(
@@ -688,15 +721,15 @@ async def test_what_has_no_move_cannot_be_signed(
 ) -> None:
     """Nor what is not there."""
     with pytest.raises(UsageError, match="no recorded move"):
-        await channels.sign(HEAD, signers[0])
+        await sign_move(channels, HEAD, signers[0])
     with pytest.raises(UsageError, match="no channel"):
-        await channels.sign("stable", signers[0])
+        await sign_move(channels, "stable", signers[0])
     with pytest.raises(UsageError, match="no generation 9"):
         await sign_generation(bucket, 9, signers[0])
     await channels.promote(1, "stable", who=ANN)
     await bucket.delete(generation_name(1), expected_seq=None, metadata={})
     with pytest.raises(ObjectGone, match="generation 1, which is gone"):
-        await channels.sign("stable", signers[0])
+        await sign_move(channels, "stable", signers[0])
 
 
 @pytest.mark.fault("R9")
@@ -707,7 +740,7 @@ async def test_signatures_added_at_once_are_not_lost(
     await channels.promote(1, "stable", who=ANN)
     ways: list[Callable[[Signer], Awaitable[bool]]] = [
         lambda one: sign_generation(bucket, 1, one),
-        lambda one: channels.sign("stable", one),
+        lambda one: sign_move(channels, "stable", one),
     ]
     for sign in ways:
         results = await asyncio.gather(sign(signers[0]), sign(signers[1]), return_exceptions=True)

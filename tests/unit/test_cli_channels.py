@@ -6,8 +6,12 @@ import asyncio
 import errno
 import json
 import os
+import re
 import stat
+import sys
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,20 +19,19 @@ import pytest
 from syncd import cli as command_line
 from syncd import cli_channels, oneshot
 from syncd.channels import Channels
-from syncd.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_NOPERM, EXIT_OK, EXIT_TEMPFAIL, EXIT_USAGE
-from syncd.nodes import digest_of
-from syncd.records import read_record
+from syncd.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_NOPERM, EXIT_OK, EXIT_TEMPFAIL, EXIT_USAGE, Untrusted
+from syncd.nodes import digest_of, encode_record
+from syncd.records import read_record, signature_text
 from syncd.settings import load
-from syncd.store.base import CHANNELS, BucketSpec, Link
-from syncd.store.memory import MemoryStore
+from syncd.store.base import CHANNELS, BucketSpec, Link, ObjectMeta, SmallPut
+from syncd.store.memory import MemoryBucket, MemoryStore
 from syncd.trees import generation_name
-from syncd.trust import MOVE, SIGNATURES, Seen, Statement, Trust, check_signed, judge_offer
+from syncd.trust import MOVE, SIGNATURES, Seen, Statement, Trust, check_signed, judge_offer, keys_name
 from syncd.wiring import read_signer
-from tests.support.channels import BOB, NOW, fill, meanwhile, move_text, offer_of
+from tests.support.channels import AT, BOB, NOW, fill, link_of, meanwhile, metas, move_text, offer_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from syncd.settings import Settings
 
@@ -57,6 +60,34 @@ class Shell:
         """A seed file and its public key."""
         file = str(self.directory / name)
         return file, self.fine("keygen", file).strip()
+
+    def bucket(self) -> MemoryBucket:
+        return self.store.bucket("app")
+
+    def record(self, number: int) -> str:
+        """The digest of a generation's record, as a person finds it."""
+        side = json.loads(self.fine("diff", "app", str(number), str(number), "--stat", "--json"))["to"]
+        return str(side["record"])
+
+    def move(self, channel: str) -> str:
+        """The digest of a channel's move."""
+        found = {one["name"]: one for one in json.loads(self.fine("channels", "app", "--json"))}
+        return str(found[channel]["digest"])
+
+    def key_set(self, version: int) -> str:
+        """The digest of a key set."""
+        return str(json.loads(self.fine("keys", "app", "--json"))[version - 1]["digest"])
+
+    def metas(self) -> list[Any]:
+        return asyncio.run(metas(self.bucket()))
+
+    def refused(self, *arguments: str) -> str:
+        """A signature that is not given: 77, one line, and nothing is written."""
+        before = self.metas()
+        code, out, err = self.run("sign", "app", *arguments)
+        assert (code, out, err.count("\n")) == (EXIT_NOPERM, "", 1), err
+        assert self.metas() == before
+        return err
 
 
 @pytest.fixture
@@ -93,7 +124,8 @@ def test_promote_rollback_and_channels_say_what_they_did(shell: Shell) -> None:
     assert (moved["before"], moved["number"], moved["count"], moved["who"]) == (2, 1, 4, "ann@desk")
     assert "generation 3 -> generation 2" in shell.fine("rollback", "app")
     lines = [line.split() for line in shell.fine("channels", "app").splitlines()]
-    assert lines[0] == ["channel", "generation", "behind", "moves", "time", "by", "signed", "why"]
+    assert lines[0] == ["channel", "generation", "behind", "moves", "time", "by", "signed", "digest", "why"]
+    assert lines[2][7] == shell.move("stable")[:32]
     assert [line[:4] for line in lines[1:]] == [["head", "2", "1", "1"], ["stable", "1", "2", "4"]]
     assert json.loads(shell.fine("channels", "app", "--json"))[1]["who"] == "ann@desk"
     assert "stable" not in shell.fine("channels", "app", "--remove", "stable")
@@ -240,7 +272,8 @@ def test_a_seed_that_others_can_read_is_told_and_what_is_none_never_shown(shell:
     path = shell.directory / "app.seed"
     seed = path.read_text()
     path.chmod(0o640)
-    code, out, err = shell.run("sign", "app", "--generation", "1", "--seed-file", file)
+    digest = shell.record(1)
+    code, out, err = shell.run("sign", "app", "--generation", "1", "--first", "--expect", digest, "--seed-file", file)
     assert (code, out) == (EXIT_OK, f"app: generation 1: signed by {public}\n")
     assert err == f"syncd: {file} can be read by others (chmod 600)\n"
     for text in (seed[:-2], seed[:20] + "A" + seed[21:], public):
@@ -282,13 +315,13 @@ def test_the_configuration_says_who_signs_and_whom_hosts_trust(shell: Shell) -> 
         """
     )
     common = ("--config", str(config))
-    shell.fine("sign", "app", "--generation", "2", *common)
+    shell.fine("sign", "app", "--generation", "2", "--first", "--expect", shell.record(2), *common)
     out = shell.fine("promote", "app", "2", "--channel", "stable", *common)
     assert f"signed by {first}" in out
     out = shell.fine("promote", "app", "2", "--channel", "stable", "--seed-file", two, *common)
     assert f"signed by {second}" in out
     assert "waits for signatures" in shell.fine("keys", "app", "--remove", second, "--threshold", "1", *common)
-    assert shell.fine("sign", "app", "--keys", "1", "--seed-file", two, *common)
+    assert shell.fine("sign", "app", "--keys", "1", "--expect", shell.key_set(1), "--seed-file", two, *common)
     assert "key set 1 (trusted): 1 of 1 have to sign" in shell.fine("keys", "app", *common)
     assert "key set 1 (waits for signatures)" in shell.fine("keys", "app", "--trust", third, *common)
     (shell.directory / "one.seed").unlink()
@@ -304,20 +337,25 @@ def test_a_folder_gets_signed_moves_and_new_keys_from_the_command_line(shell: Sh
     code, out, err = shell.run("promote", "app", "2", "--channel", "stable", "--seed-file", one)
     assert (code, out) == (EXIT_OK, f"app: channel stable: generation 2 (move 1, signed by {first})\n")
     assert "generation 2 itself is not signed" in err
-    out = shell.fine("sign", "app", "--generation", "2", "--channel", "stable", "--seed-file", one)
+    pin = ("--channel", "stable", "--expect", shell.move("stable"))
+    out = shell.fine("sign", "app", *pin, "--first", "--seed-file", one)
     assert out.splitlines() == [
         f"app: generation 2: signed by {first}",
         f"app: channel stable: had been signed already by {first}",
     ]
-    signed = json.loads(shell.fine("sign", "app", "--channel", "stable", "--seed-file", two, "--json"))
+    signed = json.loads(shell.fine("sign", "app", *pin, "--trust", first, "--seed-file", two, "--json"))
     assert signed == {
         "key": second,
-        "signed": [{"what": "generation 2", "new": True}, {"what": "channel stable", "new": True}],
+        "signed": [
+            {"what": "generation 2", "digest": shell.record(2), "new": True},
+            {"what": "channel stable", "digest": shell.move("stable"), "new": True},
+        ],
     }
     trust = Trust(frozenset((first, second)), 2)
     offer = asyncio.run(offer_of(shell.store.bucket("app"), "stable"))
     assert judge_offer(trust, Seen(), offer).move.who == "ann@desk"
-    assert shell.fine("sign", "app", "--generation", "1", "--seed-file", one).endswith(f"signed by {first}\n")
+    pin = ("--generation", "1", "--expect", shell.record(1))
+    assert shell.fine("sign", "app", *pin, "--first", "--seed-file", one).endswith(f"signed by {first}\n")
     record = asyncio.run(read_record(shell.store.bucket("app"), 1))
     assert record is not None
     check_signed(Trust(frozenset((first,)), 1), Statement.GENERATION, record.data, record.info.metadata[SIGNATURES])
@@ -329,7 +367,8 @@ def test_a_folder_gets_signed_moves_and_new_keys_from_the_command_line(shell: Sh
     assert "key set 2 (waits for signatures)" in shell.fine(*arguments, "--why", "stolen")
     code, out, err = shell.run(*arguments)
     assert (code, out, err.count("\n")) == (EXIT_FAILED, "", 1)
-    assert shell.fine("sign", "app", "--keys", "2", "--seed-file", one) == f"app: key set 2: signed by {first}\n"
+    pin = ("--keys", "2", "--expect", shell.key_set(2), "--trust", first)
+    assert shell.fine("sign", "app", *pin, "--seed-file", one) == f"app: key set 2: signed by {first}\n"
     states = json.loads(shell.fine("keys", "app", "--trust", first, "--json"))
     assert [(state["version"], state["keys"], state["trusted"]) for state in states][1] == (2, [second], True)
     assert "(not checked: --trust)" in shell.fine("keys", "app")
@@ -347,6 +386,291 @@ def test_what_must_not_be_signed_ends_in_one_line(shell: Shell) -> None:
         await shell.store.bucket("app").put_link(CHANNELS + "stable", link, metadata={MOVE: move_text(number=2)})
 
     asyncio.run(forge())
-    code, out, err = shell.run("sign", "app", "--channel", "stable", "--seed-file", seed)
-    assert (code, out, err.count("\n")) == (EXIT_NOPERM, "", 1)
+    err = shell.refused("--channel", "stable", "--first", "--expect", "0" * 64, "--seed-file", seed)
     assert "the move leads to generation 2" in err
+
+
+# -- signing what was looked at ---------------------------------------------------------------------------------------
+
+
+class Holders:
+    """Two people with a key each, whom the fleet trusts, and a thief with one of his own."""
+
+    def __init__(self, shell: Shell) -> None:
+        (self.ann, self.anns), (self.bob, self.bobs), (self.thief, self.thiefs) = (
+            shell.seed(f"{name}.seed") for name in ("ann", "bob", "thief")
+        )
+        self.trust = ("--trust", self.anns, "--trust", self.bobs, "--trust-threshold", "2")
+        for number in (1, 2):
+            pin = ("--generation", str(number), "--expect", shell.record(number))
+            shell.fine("sign", "app", *pin, "--first", "--seed-file", self.ann)
+        shell.fine("promote", "app", "2", "--channel", "stable", "--why", "tested", "--seed-file", self.ann)
+
+
+@pytest.fixture
+def holders(shell: Shell) -> Holders:
+    return Holders(shell)
+
+
+@pytest.mark.fault("K1")
+def test_what_has_another_digest_is_not_signed(shell: Shell, holders: Holders) -> None:
+    """Generation, move and key set; whole, by half of its digits, in capitals. Less than half names nothing."""
+    change = ("keys", "app", "--trust", holders.anns, "--add", holders.bobs, "--seed-file", holders.ann)
+    changed = shell.fine(*change)
+    assert f"  digest {shell.key_set(1)}\n" in changed
+    bob = (*holders.trust, "--seed-file", holders.bob)
+    things = [
+        (("--generation", "1"), shell.record(1)),
+        (("--channel", "stable"), shell.move("stable")),
+        (("--keys", "1"), shell.key_set(1)),
+    ]
+    for what, digest in things:
+        for other in (digest[:31] + ("0" if digest[31] != "0" else "1"), digest[1:] + "0", *(d for _, d in things)):
+            if other != digest:
+                assert "is not what --expect names" in shell.refused(*what, "--expect", other, *bob)
+        for wrong in ("", digest[:31], digest + "0", "x" * 64, digest[:40] + " "):
+            code, out, err = shell.run("sign", "app", *what, "--expect", wrong, *bob)
+            assert (code, out, "is no digest" in err) == (EXIT_USAGE, "", True)
+        assert "signed by" in shell.fine("sign", "app", *what, "--expect", digest[:32].upper(), *bob)
+        assert "signed already" in shell.fine("sign", "app", *what, "--expect", digest, *bob)
+    code, _, err = shell.run("sign", "app", "--generation", "1", "--channel", "stable", "--first", *bob)
+    assert (code, "more than one thing" in err) == (EXIT_USAGE, True)
+
+
+@pytest.mark.fault("K1 R9")
+def test_a_channel_that_is_moved_between_the_look_and_the_signature(shell: Shell, holders: Holders) -> None:
+    """Two have to sign, and the key of one is stolen: what the thief moves the channel to is not what the other saw."""
+    trust = Trust(frozenset((holders.anns, holders.bobs)), 2)
+    head = shell.fine("diff", "app", "1", "stable").splitlines()[1]
+    seen = head.rpartition("digest ")[2]
+    assert seen == shell.move("stable")
+    pin = ("--generation", "3", "--expect", shell.record(3))
+    shell.fine("sign", "app", *pin, "--first", "--seed-file", holders.ann)
+    shell.fine("promote", "app", "3", "--channel", "stable", "--seed-file", holders.ann)
+    bob = (*holders.trust, "--seed-file", holders.bob)
+    assert "is not what --expect names" in shell.refused("--channel", "stable", "--expect", seen, *bob)
+    with pytest.raises(Untrusted):
+        judge_offer(trust, Seen(), asyncio.run(offer_of(shell.bucket(), "stable")))
+    shell.fine("rollback", "app", "--channel", "stable", "--seed-file", holders.ann)
+    shell.refused("--channel", "stable", "--expect", seen, *bob)  # the same generation, by another move
+    shell.fine("sign", "app", "--channel", "stable", "--expect", shell.move("stable"), *bob)
+    assert judge_offer(trust, Seen(), asyncio.run(offer_of(shell.bucket(), "stable"))).move.number == 2
+
+
+@pytest.mark.fault("K1 K9")
+def test_what_nobody_trusted_signed_is_not_made_good(shell: Shell, holders: Holders) -> None:
+    """Unsigned, or by a thief's key, or one half of it: also where it is named by its digest, but for --first."""
+    ann = (*holders.trust, "--seed-file", holders.ann)
+    generation = ("--generation", "3", "--expect", shell.record(3))
+    assert "generation 3 has no good signature by a key that is trusted now" in shell.refused(*generation, *ann)
+    shell.fine("sign", "app", *generation, "--first", "--seed-file", holders.thief)
+    shell.refused(*generation, *ann)
+    shell.fine("promote", "app", "3", "--channel", "stable", "--seed-file", holders.ann)
+    move = ("--channel", "stable", "--expect", shell.move("stable"))
+    assert "generation 3 has no" in shell.refused(*move, *holders.trust, "--seed-file", holders.bob)
+    for options in ((), ("--seed-file", holders.thief)):
+        shell.fine("promote", "app", "2", "--channel", "stable", *options)
+        move = ("--channel", "stable", "--expect", shell.move("stable"))
+        assert "channel stable has no" in shell.refused(*move, *holders.trust, "--seed-file", holders.bob)
+    assert "not known which keys are trusted" in shell.refused(*move, "--seed-file", holders.bob)
+    thief = ("--trust", holders.thiefs, "--seed-file", holders.thief)
+    shell.fine("keys", "app", "--add", holders.anns, *thief)
+    assert "key set 1 has no" in shell.refused("--keys", "1", "--expect", shell.key_set(1), *ann)
+    shell.fine("sign", "app", *move, "--first", "--seed-file", holders.bob)
+    assert "signed by" in shell.fine("sign", "app", *generation, "--first", *ann)
+
+
+@pytest.mark.fault("K9")
+def test_keys_are_replaced_step_by_step_and_nothing_forged_gets_in(shell: Shell) -> None:
+    """The new key signs what the old one signed; a head that somebody put there meanwhile it does not."""
+    old, olds = shell.seed("old.seed")
+    new, news = shell.seed("new.seed")
+    shell.fine("sign", "app", "--generation", "2", "--expect", shell.record(2), "--first", "--seed-file", old)
+    shell.fine("rollback", "app", "--to", "2", "--seed-file", old)
+    shell.fine("keys", "app", "--trust", olds, "--add", news, "--seed-file", old)
+    pin = ("--channel", "head", "--expect", shell.move("head"))
+    honest = asyncio.run(link_of(shell.bucket(), "head"))
+    shell.fine("rollback", "app", "--to", "1")
+    evil = ("--channel", "head", "--expect", shell.move("head"), "--trust", olds)
+    assert "generation 1 has no good signature" in shell.refused(*evil, "--seed-file", new)
+    assert honest.link is not None
+    asyncio.run(shell.bucket().put_link(honest.name, honest.link, metadata=honest.metadata))
+    shell.fine("sign", "app", *pin, "--trust", olds, "--seed-file", new)
+    shell.fine("keys", "app", "--trust", olds, "--remove", olds, "--seed-file", new)
+    offer = asyncio.run(offer_of(shell.bucket(), "head"))
+    assert judge_offer(Trust(frozenset((news,)), 1), Seen(), offer).move.number == 2
+    shell.fine("sign", "app", "--generation", "3", "--expect", shell.record(3), "--first", "--seed-file", old)
+    revoked = ("--generation", "3", "--expect", shell.record(3), "--trust", olds)
+    assert "generation 3 has no good signature" in shell.refused(*revoked, "--seed-file", new)
+
+
+class Person:
+    """Somebody at a terminal, who answers once, and before that something may happen."""
+
+    def __init__(self, answer: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self._answer = answer
+        self._meanwhile = meanwhile
+        self.asked = 0
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self) -> str:
+        self.asked += 1
+        self._meanwhile()
+        return self._answer
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Person | None], Callable[[], str]]]:
+    """Put somebody before a real terminal (``None``: whoever types into it); return how to read what it shows."""
+    leader, follower = os.openpty()
+    with open(follower, "w", buffering=1) as shown, open(os.dup(follower)) as typed:  # noqa: PTH123
+
+        def sit(person: Person | None) -> Callable[[], str]:
+            monkeypatch.setattr(sys, "stdin", person or typed)
+            monkeypatch.setattr(sys, "stderr", shown)
+            if person is None:
+                os.write(leader, b"y\n")
+
+            def read() -> str:
+                shown.write("\x04")  # where it ends: a terminal that shows nothing would be waited for
+                shown.flush()
+                text = b""
+                while not text.endswith(b"\x04"):
+                    text += os.read(leader, 65536)
+                return text.decode().replace("\r\n", "\n").removesuffix("\x04")
+
+            return read
+
+        yield sit
+    os.close(leader)
+
+
+@pytest.mark.fault("K1")
+def test_a_person_is_shown_what_they_sign_and_asked(
+    shell: Shell, holders: Holders, terminal: Callable[[Person | None], Callable[[], str]]
+) -> None:
+    """Where it leads, who did it, why, what it holds, and who of those that are trusted has signed it."""
+    common = ("sign", "app", "--channel", "stable", *holders.trust, "--seed-file", holders.bob)
+    for answer in ("\n", "n\n", "", "yet\n"):
+        before = shell.metas()
+        read = terminal(Person(answer))
+        assert shell.run(*common)[:2] == (130, "")
+        assert read().endswith("syncd: nothing was signed\n")
+        assert shell.metas() == before
+    shell.fine("sign", "app", "--generation", "2", "--expect", shell.record(2), "--first", "--seed-file", holders.thief)
+    read = terminal(None)
+    code, out, _ = shell.run(*common, "--json")
+    assert (code, [one["new"] for one in json.loads(out)["signed"]]) == (EXIT_OK, [True, True])
+    shown = read()
+    record, move = shell.record(2), shell.move("stable")
+    for text in (
+        "generation 2 of folder app",
+        f"  digest {record}\n",
+        f"  signed by {holders.anns}\n",
+        f"  signed by {holders.thiefs} (not trusted)\n",
+        "channel stable of folder app: move 1, to generation 2\n",
+        "by ann@desk\n",
+        "  why: tested\n",
+        "  without an end\n",
+        f"  to the record {record}\n",
+        f"  digest {move}\n",
+        f"Sign this with {holders.bobs}? [y/N]: ",
+    ):
+        assert text in shown, (text, shown)
+
+
+def test_what_others_wrote_is_asked_about_without_harm(
+    shell: Shell, holders: Holders, terminal: Callable[[Person | None], Callable[[], str]]
+) -> None:
+    """Escape sequences of a move that a thief with a key made, and of a key set."""
+
+    async def forge() -> None:
+        text = move_text(record=digest, who="\x1b[31m\n  signed by all", why="\u202e", expires=AT)
+        signature = signature_text(Statement.MOVE, text.encode(), read_signer(Path(holders.ann)))
+        link = Link("app", generation_name(1))
+        await shell.bucket().put_link(CHANNELS + "stable", link, metadata={MOVE: text, SIGNATURES: signature})
+
+    digest = shell.record(1)
+    asyncio.run(forge())
+    change = ("keys", "app", "--trust", holders.anns, "--threshold", "1", "--why", "\u202e", "--seed-file", holders.ann)
+    shell.fine(*change)
+    for what, said in (("--channel", "stable"), f"until {AT}"), (("--keys", "1"), f"key {holders.anns}\n"):
+        read = terminal(Person("n\n"))
+        shell.run("sign", "app", *what, *holders.trust, "--seed-file", holders.bob)
+        shown = read()
+        assert said in shown
+        assert not {"\x1b", "\u202e"} & set(shown)
+        assert "\n  signed by all" not in shown
+
+
+@pytest.mark.fault("K1 R9")
+@pytest.mark.parametrize("what", [("--generation", "1"), ("--channel", "stable"), ("--keys", "1")])
+def test_what_changes_while_a_person_looks_is_not_signed(
+    shell: Shell,
+    holders: Holders,
+    terminal: Callable[[Person | None], Callable[[], str]],
+    what: tuple[str, str],
+) -> None:
+    """The answer is about what was shown: the fence holds, and the second one is told."""
+    change = ("keys", "app", *holders.trust, "--threshold", "1", "--seed-file", holders.ann)
+    shell.fine(*change, "--why", "one")
+
+    async def rewrite() -> None:
+        record = await read_record(shell.bucket(), 1)
+        assert record is not None
+        other = encode_record(replace(record.generation, note="evil"))
+        meta = ObjectMeta(record.info.name, metadata=record.info.metadata)
+        await shell.bucket().put_many([SmallPut(meta, other, None, record.info.seq)])
+
+    def interfere() -> None:
+        changes = {
+            "--generation": lambda: asyncio.run(rewrite()),
+            "--channel": lambda: shell.run("promote", "app", "1", "--channel", "stable", "--seed-file", holders.ann),
+            "--keys": lambda: shell.run(*change, "--why", "two", "--instead"),
+        }
+        changes[what[0]]()
+        seen.extend(shell.metas())
+
+    seen: list[Any] = []
+    terminal(person := Person("y\n", interfere))
+    common = ("sign", "app", *what, *holders.trust, "--seed-file", holders.bob)
+    code, out, _ = shell.run(*common)
+    assert (code, out, person.asked) == (EXIT_FAILED, "", 1)
+    after = {item.name: item for item in shell.metas()}
+    name = {"--generation": generation_name(1), "--channel": CHANNELS + "stable", "--keys": keys_name(1)}[what[0]]
+    assert after[name] in seen
+
+
+@pytest.mark.fault("K1")
+def test_where_nobody_can_be_asked_the_digest_has_to_be_named(
+    shell: Shell, holders: Holders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Input from a file, or closed; the digest that would do is not handed over with the refusal."""
+    before = shell.metas()
+    for stdin in (sys.stdin, None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        for what in (("--generation", "1"), ("--channel", "stable")):
+            code, out, err = shell.run("sign", "app", *what, *holders.trust, "--seed-file", holders.bob)
+            assert (code, out, err.count("\n")) == (EXIT_USAGE, "", 1)
+            assert "syncd diff, channels and keys name the digest" in err
+            assert not re.search("[0-9a-f]{32}", err)
+    assert shell.metas() == before
+
+
+def test_keys_that_the_configuration_does_not_agree_on_are_asked_for(shell: Shell, holders: Holders) -> None:
+    """Two mirrors of a folder that trust different keys: a person says whose are meant."""
+    config = shell.directory / "fleet.toml"
+    config.write_text(
+        "".join(
+            f'[[subscribe]]\nfolder = "app"\npath = "/srv/{key}"\ntrusted_keys = ["{key}"]\n'
+            for key in (holders.anns, holders.bobs)
+        )
+    )
+    pin = ("--generation", "1", "--expect", shell.record(1))
+    for arguments in (("sign", "app", *pin, "--seed-file", holders.bob), ("keys", "app")):
+        code, out, err = shell.run(*arguments, "--config", str(config))
+        assert (code, out, err.count("\n")) == (EXIT_USAGE, "", 1)
+        assert "do not trust the same keys (say which: --trust KEY)" in err
+    shell.fine("sign", "app", *pin, "--trust", holders.anns, "--seed-file", holders.bob, "--config", str(config))

@@ -727,6 +727,7 @@ VOLATILE = (
     (re.compile(r"^(\S+ \(subscribe\): )generation \d+ of\b"), r"\1generation N of"),
     (re.compile(r"\bchannel head: generation \d+ -> (generation \d+) \(move \d+"), r"channel head: \1 (move N"),
     (re.compile(r"\bU[A-Z2-7]{55}\b"), "KEY"),
+    (re.compile(r"\b([0-9a-f]{64}|[0-9a-f]{32})\b"), "DIGEST"),
     (re.compile(r"\b[\w.-]+@[\w.-]+"), "WHO@HOST"),
 )
 """What no two runs share: times, digests over times, sizes of what is compressed with digests, into how many

@@ -17,7 +17,6 @@ from syncd.keysets import KeyChange, KeySets
 from syncd.moves import move_metadata, read_move
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
-from syncd.records import sign_generation
 from syncd.rules import Rules
 from syncd.service import FolderThread
 from syncd.signatures import Signer, generate
@@ -27,6 +26,7 @@ from syncd.store.memory import MemoryStore
 from syncd.subscriber import TRUST_FILE, SubscribeOptions, Subscriber
 from syncd.trees import TreeReader, generation_name
 from syncd.trust import MOVE, SIGNATURES, Trust
+from tests.support.signing import sign_generation, sign_move
 
 if TYPE_CHECKING:
     from syncd.upstream import PullResult
@@ -247,7 +247,7 @@ async def test_k8_two_signatures_are_two_keys(fleet: Fleet) -> None:
     channels = Channels(fleet.bucket, time.time)
     for signer in (fleet.signer, fleet.other):
         await sign_generation(fleet.bucket, 1, signer)
-        await channels.sign(HEAD, signer)
+        await sign_move(channels, HEAD, signer)
     assert (await fleet.pull()).generation == 1
 
 

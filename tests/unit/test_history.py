@@ -14,22 +14,27 @@ import pytest
 from syncd import cli as command_line
 from syncd import oneshot
 from syncd.audit import Takes, TreeDigester, Verdict, audit
+from syncd.channels import Channels
 from syncd.checkout import APPLIED
 from syncd.errors import EXIT_FAILED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, UsageError
 from syncd.history import History
 from syncd.index import Index
 from syncd.model import Entry, Kind
 from syncd.modes import ModePolicy
-from syncd.nodes import NOTE_MAX
+from syncd.nodes import NOTE_MAX, digest_of
 from syncd.outlet import PushResult
 from syncd.publisher import Publisher
 from syncd.retention import Collected
 from syncd.rules import Rules
 from syncd.settings import load
+from syncd.signatures import Signer, generate
 from syncd.statedir import StateDir
 from syncd.status import FolderStatus
 from syncd.store.base import BucketSpec, Link
 from syncd.store.memory import MemoryStore
+from syncd.trees import TreeReader, generation_name
+from syncd.trust import MOVE
+from tests.support.signing import sign_generation
 from tests.support.specs import Spec, commit, write_spec
 
 if TYPE_CHECKING:
@@ -54,6 +59,10 @@ class Shell:
         code = command_line.run(list(arguments))
         out, err = self._capture.readouterr()
         return code, out.decode(), err.decode()
+
+    def forget(self) -> None:
+        """What was logged so far is not of the next command."""
+        self._capture.readouterr()
 
     def fine(self, *arguments: str) -> str:
         code, out, err = self.run(*arguments)
@@ -159,14 +168,54 @@ def test_log_shows_what_others_wrote_without_harm(shell: Shell) -> None:
 
 def test_diff_prints_a_line_per_path_in_path_order(shell: Shell) -> None:
     bucket_with(shell.store, FIRST, SECOND)
-    assert shell.fine("diff", "app", "1", "2").splitlines() == ["M dir/one", "A dir/three", "D dir/two", "M link"]
-    assert shell.fine("diff", "app", "head", "1").splitlines() == ["M dir/one", "D dir/three", "A dir/two", "M link"]
-    assert shell.fine("diff", "app", "2", "head") == ""
+    assert shell.fine("diff", "app", "1", "2").splitlines()[2:] == ["M dir/one", "A dir/three", "D dir/two", "M link"]
+    back = shell.fine("diff", "app", "head", "1").splitlines()
+    assert back[2:] == ["M dir/one", "D dir/three", "A dir/two", "M link"]
+    assert len(shell.fine("diff", "app", "2", "head").splitlines()) == 2
+
+
+@pytest.mark.fault("K1")
+def test_diff_names_the_digests_of_what_it_shows(shell: Shell) -> None:
+    """Of both records; where a channel is asked for, of its move, too, but only if that leads there."""
+    bucket_with(shell.store, FIRST, SECOND)
+    bucket = shell.store.bucket("app")
+    signer = Signer(generate()[0])
+    by = signer.public
+
+    async def look() -> tuple[str, str, str]:
+        commits = [await TreeReader(bucket).generation(number) for number in (1, 2)]
+        await Channels(bucket, lambda: 1.8e9).promote(2, "stable", who="ann")
+        await bucket.put_link("channels/forged", Link("app", generation_name(1)), metadata={MOVE: "{"})
+        info = await bucket.get_info("channels/stable")
+        assert info is not None
+        assert commits[0] is not None
+        assert commits[1] is not None
+        other = Link("app", generation_name(1))
+        await bucket.put_link("channels/moved", other, metadata=info.metadata)
+        await sign_generation(bucket, 1, signer)
+        return commits[0].digest, commits[1].digest, digest_of(info.metadata[MOVE].encode())
+
+    one, two, move = asyncio.run(look())
+    shell.forget()
+    assert shell.fine("diff", "app", "1", "stable").splitlines()[:2] == [
+        f"--- generation 1, record {one}, signed by {by}",
+        f"+++ generation 2, record {two}; channel stable: move 1, digest {move}",
+    ]
+    sides = {
+        "from": {"generation": 1, "record": one, "signers": [by], "channel": "forged", "count": 0, "move": ""},
+        "to": {"generation": 2, "record": two, "signers": [], "channel": "stable", "count": 1, "move": move},
+    }
+    assert json.loads(shell.fine("diff", "app", "forged", "stable", "--json").splitlines()[0]) == sides
+    told = json.loads(shell.fine("diff", "app", "forged", "stable", "--stat", "--json"))
+    assert {name: told[name] for name in sides} == sides
+    for channel in ("forged", "moved"):
+        said = shell.fine("diff", "app", channel, "2").splitlines()[0]
+        assert said == f"--- generation 1, record {one}, signed by {by}; channel {channel}: no move that leads here"
 
 
 def test_diff_leaves_out_directories_that_were_only_touched(shell: Shell) -> None:
     bucket_with(shell.store, {"d": {}, "e": {}}, {"d": ({}, None, 9), "e": ({}, 0o700, 9)})
-    assert shell.fine("diff", "app", "1", "2") == "m e\n"
+    assert shell.fine("diff", "app", "1", "2").splitlines()[2:] == ["m e"]
     assert json.loads(shell.fine("diff", "app", "1", "2", "--stat", "--json"))["meta"]["paths"] == 1
 
 
@@ -193,7 +242,8 @@ def test_diff_reads_only_what_differs(shell: Shell) -> None:
 def test_diff_stat_counts_paths_and_bytes(shell: Shell) -> None:
     bucket_with(shell.store, FIRST, SECOND)
     lines = [line.split(maxsplit=4) for line in shell.fine("diff", "app", "1", "2", "--stat").splitlines()]
-    assert lines == [
+    assert [line[0] for line in lines[:2]] == ["---", "+++"]
+    assert lines[2:] == [
         ["A", "1", "0", "B", "added"],
         ["M", "2", "7", "B", "content changed"],
         ["m", "0", "0", "B", "only mode or time changed"],
@@ -205,7 +255,7 @@ def test_diff_stat_counts_paths_and_bytes(shell: Shell) -> None:
 
 def test_diff_in_json_tells_both_sides(shell: Shell) -> None:
     bucket_with(shell.store, {"f": b"x"}, {"f": (b"x", 0o600, 5), "g": "to"})
-    lines = [json.loads(line) for line in shell.fine("diff", "app", "1", "2", "--json").splitlines()]
+    lines = [json.loads(line) for line in shell.fine("diff", "app", "1", "2", "--json").splitlines()[1:]]
     assert [(line["path"], line["mark"]) for line in lines] == [("f", "m"), ("g", "A")]
     assert (lines[0]["before"]["mode"], lines[0]["after"]["mode"]) == ("0644", "0600")
     assert lines[1]["before"] is None
@@ -320,9 +370,9 @@ def test_ls_long_and_json_show_the_entry(shell: Shell) -> None:
 def test_names_are_escaped_before_they_reach_the_terminal(shell: Shell) -> None:
     bucket_with(shell.store, {}, {HOSTILE: HOSTILE})
     for arguments in (("ls", "app"), ("ls", "app", "--long"), ("diff", "app", "1", "2")):
-        out = shell.fine(*arguments)
-        assert len(out.splitlines()) == 1
-        assert not any(unicodedata.category(char) == "Cc" for char in out.rstrip("\n"))
+        lines = shell.fine(*arguments).splitlines()[2 if arguments[0] == "diff" else 0 :]
+        assert len(lines) == 1
+        assert not any(unicodedata.category(char) == "Cc" for char in lines[0])
     code, _, err = shell.run("cat", "app", HOSTILE)
     assert (code, "\x1b" in err) == (EXIT_USAGE, False)
 

@@ -10,6 +10,7 @@ import pytest
 from syncd.errors import ObjectCorrupt, UsageError, WriteConflict
 from syncd.keysets import KeyChange, KeySets, read_keys
 from syncd.nodes import digest_of
+from syncd.records import sign_record
 from syncd.signatures import MAX_SIGNATURES, Signer, generate
 from syncd.store.base import BucketSpec, ObjectMeta, SmallPut
 from syncd.store.memory import MemoryBucket, MemoryStore
@@ -92,11 +93,11 @@ async def test_a_key_set_waits_for_its_signatures(bucket: MemoryBucket, signers:
     assert (done.signatures, done.needed) == (1, 2)
     assert (await trusted(bucket, configured)).version == 0
     assert [state.trusted for state in await sets.show(configured)] == [False]
-    assert await sets.sign(1, two)
-    assert not await sets.sign(1, two)
+    assert await sign_record(bucket, await sets.to_sign(1), two)
+    assert not await sign_record(bucket, await sets.to_sign(1), two)
     assert (await trusted(bucket, configured)).version == 1
     with pytest.raises(UsageError, match="no key set 2"):
-        await sets.sign(2, two)
+        await sets.to_sign(2)
 
 
 @pytest.mark.fault("R9")
@@ -138,7 +139,7 @@ async def test_a_forged_chain_of_keys_is_not_gone_on_from(bucket: MemoryBucket, 
 @pytest.mark.fault("K5 K7")
 async def test_a_key_set_that_follows_another_one_is_not_signed(bucket: MemoryBucket, signers: list[Signer]) -> None:
     """Or is another folder's."""
-    one, two, three = signers[:3]
+    one, two = signers[:2]
     sets = KeySets(bucket, lambda: NOW)
     await sets.change(trust_of(one), add(two), [one])
     first = (await read_keys(bucket))[1].data
@@ -154,7 +155,7 @@ async def test_a_key_set_that_follows_another_one_is_not_signed(bucket: MemoryBu
     ):
         await bucket.put_many([SmallPut(ObjectMeta(keys_name(2)), changed, None, None)])
         with pytest.raises(ObjectCorrupt, match="key set 2 is another folder's, or does not follow"):
-            await sets.sign(2, three)
+            await sets.to_sign(2)
 
 
 async def test_key_sets_that_cannot_be_read_are_shown_and_not_followed(
