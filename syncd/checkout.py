@@ -1,7 +1,9 @@
 """A bucket of the generations layout as a mirror sees it: which generation to go to, and what that is made of.
 
 Rules kept here:
- * the channel decides; a read that is older than what was seen in the same bucket is stale and changes nothing;
+ * the channel decides; a read that is older than what was seen in the same bucket is stale and changes nothing; one
+   that stays so is a problem. Nothing that the bucket says, or does not, keeps an alarm from being raised;
+ * what is gone back to is judged anew: what may be applied today, not what might be when it was;
  * only directory nodes that differ are read, and the ``remote`` half of the index changes in one transaction: it
    describes one generation, exactly;
  * a generation is had whole or not at all: what cannot be read refuses all of it, is reported, and is tried again
@@ -15,7 +17,7 @@ import asyncio
 import json
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
@@ -25,10 +27,11 @@ from syncd.gather import UNREADABLE, Gatherer, Unfetchable
 from syncd.index.checkout import CheckoutTables, Walked, place_text
 from syncd.mirror import PART_NAME
 from syncd.model import Entry, Kind, Problem
+from syncd.moves import time_text
 from syncd.nodes import Location, NodeRef
 from syncd.paths import MAX_PATH_BYTES, check_path, printable
 from syncd.problems import ProblemBook
-from syncd.store.base import CHANNELS
+from syncd.store.base import CHANNELS, HEAD
 from syncd.trees import TreeReader
 
 if TYPE_CHECKING:
@@ -57,12 +60,16 @@ MAX_ENTRIES: Final = 20_000_000
 FIRST_RETRY_SECONDS: Final = 30.0
 MAX_RETRY_SECONDS: Final = 3600.0
 STALE_TRIES: Final = (0.02, 0.05, 0.1, 0.2)
-"""Waits, in seconds, for a replica that is behind the hint we came for."""
+"""Waits, in seconds, for a replica that is behind the hint we came for, or behind what we have."""
+BEHIND_SECONDS: Final = 60.0
+"""How long the channel may be read as it was before: replicas are behind for less than a second."""
 
 TARGET: Final = "target"
 APPLIED: Final = "applied"
 APPLYING: Final = "applying"
 STEP: Final = "step"
+BEHIND: Final = "behind"
+"""Since when (seconds since the epoch) the channel is read as it was before; 0: it is not."""
 
 
 class NoGeneration(Unavailable):
@@ -188,6 +195,34 @@ class _NodeCache:
         self._thread.call(lambda: self._tables.put_cached(blobs))
 
 
+class _Problems(ProblemBook):
+    """Of the whole generation there may be several problems at once, one of each code."""
+
+    def note(self, problem: Problem) -> None:
+        """See :class:`ProblemBook`."""
+        key = f"{problem.path}\0{problem.code}"
+        if self._now.get(key, self._before.get(key)) != problem:
+            self._log.warning(self._event, path=problem.path, code=problem.code, text=problem.text)
+        self._now[key] = problem
+
+
+class Kept(Protocol):
+    """Generations that are materialised here, beside the one that is current."""
+
+    async def ready(self, target: Target) -> str:
+        """Return the name of one that may be gone to, "" where there is none.
+
+        :raises Held: there is one, and it is refused.
+        """
+        ...
+
+    def take(self, name: str) -> None:
+        """Go to it; both halves of the index and its notes are those of that time. Blocking.
+
+        :raises DiskProblem: what is known of it cannot be read back.
+        """
+
+
 class Checkout:
     """One bucket of generations. See :class:`syncd.upstream.Upstream`.
 
@@ -214,6 +249,7 @@ class Checkout:
         standing: Standing,
         modes: ModePolicy,
         now: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._guard = guard
         self._standing = standing
@@ -225,6 +261,7 @@ class Checkout:
         self._rules = rules
         self._thread = thread
         self._now = now
+        self._clock = clock
         self._log = log.bind(folder=bucket.name, role="subscribe")
         self.tables = CheckoutTables(index)
         self._gatherer = Gatherer(bucket, index, self.tables, mirror, thread)
@@ -232,10 +269,12 @@ class Checkout:
         self._looked_for = 0
         self._learned = ""
         self._target = _target(index.note(TARGET))
-        self.problems = ProblemBook(self._log, "generation_refused")
+        self._behind_since = _seconds(index.note(BEHIND))
+        self.problems = _Problems(self._log, "generation_refused")
         self.explicit = 0
         self.held: SyncdError | None = None
-        self.kept: Callable[[Target], bool] = _nothing_kept
+        self.kept: Kept | None = None
+        self.commit: Commit | None = None
         applied = self.applied()
         standing.adopt(applied.number, applied.record)
 
@@ -248,19 +287,49 @@ class Checkout:
         :raises ObjectCorrupt, ObjectGone, FormatTooNew: the generation cannot be read; the index is as it was.
         """
         self.problems.begin()
+        self._guard.begin(state)
         try:
             commit = await self._resolve(state, min(hinted, state.last_seq))
-        except UNREADABLE as error:
-            self.problems.note(Problem("", "bad_generation", error.message))
+        except (NoGeneration, Untrusted, Held, *UNREADABLE) as error:
+            if isinstance(error, UNREADABLE):
+                self.problems.note(Problem("", "bad_generation", error.message))
+            await self._raise_alarms()
             raise
-        if since := self._guard.stale_since():
-            text = f"nothing fresh has arrived: channel {self._channel!r} was good until {since}"
-            self.problems.note(Problem("", "stale", text))
+        await self._raise_alarms()
         touched: set[str] | None = set()
         if commit is not None:
             self._check_refused(commit)
             touched = await self._go_to(commit, state)
         return None if full else touched
+
+    async def _raise_alarms(self) -> None:
+        """Say what holds whatever the bucket said, or did not, in this round."""
+        try:
+            await self._guard.follow()
+        except Untrusted as error:  # what is remembered is damaged
+            if self.held is None:
+                self.held = error
+                self.problems.note(Problem("", "generation_held", error.message))
+        if self.explicit:
+            return  # what a person asked for by its number does not end
+        if since := self._guard.stale_since():
+            text = f"nothing fresh has arrived: channel {self._channel!r} was good until {since}"
+            self.problems.note(Problem("", "stale", text))
+        if self._behind_since and self._clock() - self._behind_since >= BEHIND_SECONDS:
+            text = (
+                f"channel {self._channel!r} is read as it was before what is here, since"
+                f" {time_text(self._behind_since)}: a replica far behind, a bucket that was restored, or somebody who"
+                " shows an old state"
+            )
+            self.problems.note(Problem("", "channel_behind", text))
+
+    async def _mark_behind(self, *, behind: bool) -> None:
+        """Remember since when the channel is read as it was before, or that it is not."""
+        now = self._clock()
+        since = (self._behind_since if 0 < self._behind_since <= now else now) if behind else 0.0
+        if since != self._behind_since:
+            await self._thread.run(lambda: self._index.set_note(BEHIND, repr(since)))
+            self._behind_since = since
 
     async def _resolve(self, state: BucketState, hinted: int) -> Commit | None:
         """Return where to go; ``None`` to stay: what was read is older than what we saw before, or is not gone to."""
@@ -269,19 +338,19 @@ class Checkout:
         if self.explicit:
             numbered = await self._numbered(reader, self.explicit)
             return await self._unless_refused(reader, numbered) if numbered is not None else None
+        seen = self._target
+        same_bucket = seen.bucket == state.created and state.last_seq >= seen.seq
+        least = max(hinted, seen.seq) if same_bucket else hinted
         commit = await reader.channel(self._channel)
         for wait in STALE_TRIES:
-            if commit is not None and commit.seq >= hinted:
+            if commit is not None and commit.seq >= least:
                 break
             await asyncio.sleep(wait)
             commit = await reader.channel(self._channel)
         if commit is None:
-            raise NoGeneration(
-                f"channel {self._channel!r} of {self._bucket.name!r} points at no generation yet",
-                hint="its publisher has not committed any; the mirror stays as it is",
-            )
-        seen = self._target
-        if seen.bucket == state.created and state.last_seq >= seen.seq:
+            raise self._nowhere()
+        await self._mark_behind(behind=same_bucket and commit.seq < seen.seq)
+        if same_bucket:
             if commit.seq < seen.seq:
                 self._log.info("stale_read_ignored", seq=commit.seq, seen=seen.seq)
                 return None
@@ -290,6 +359,18 @@ class Checkout:
         elif seen.bucket:
             self._log.warning("bucket_replaced", bucket=self._bucket.name)
         return await self._allowed(reader, commit)
+
+    def _nowhere(self) -> NoGeneration:
+        folder, channel = self._bucket.name, self._channel
+        if channel == HEAD:
+            return NoGeneration(
+                f"channel {channel!r} of {folder!r} points at no generation yet",
+                hint="its publisher has not committed any; the mirror stays as it is",
+            )
+        return NoGeneration(
+            f"there is no channel {channel!r} of {folder!r}, or it points at no generation",
+            hint=f"look: syncd channels {folder}; make it: syncd promote {folder} N --channel {channel}",
+        )
 
     async def _numbered(self, reader: TreeReader, number: int) -> Commit | None:
         commit = await reader.generation(number)
@@ -328,18 +409,36 @@ class Checkout:
     async def _stay(self, reader: TreeReader, held: SyncdError) -> Commit | None:
         """Return the generation to be at instead; ``None`` where that is what the index describes.
 
+        What is gone back to is judged by today's trust: keys may have been removed since it was applied. Without that
+        the host stays where it is, as if there were nothing to go back to.
+
         :raises Untrusted, Held: there is none.
         """
         self.problems.note(Problem("", "generation_held", held.message))
         number, record = self._standing.at
+        here = None
+        if number and record != self._standing.record and (self._guard.active or self._target.record != record):
+            here = await _exactly(reader, number, record)
+            why = "the bucket does not have it any more"
+            try:
+                if here is not None:
+                    await self._guard.judge_number(here)
+            except Untrusted as error:
+                here, why = None, error.message
+            if here is None:
+                text = f"generation {number}, the last one that ended well here, is not gone back to: {why}"
+                self.problems.note(Problem("", "not_gone_back", text))
+                self.held = held = type(held)(f"{held.message}; {text}", hint=held.hint)
+                number, record = self._standing.number, self._standing.record
         if not number:
             raise held
         if self._target.record == record:
             return None
-        before = await reader.generation(number)
-        if before is None or before.digest != record:
-            raise held  # what was applied cannot be read any more, and what is announced shall not be applied
-        return before
+        if here is None:
+            here = await _exactly(reader, number, record)
+        if here is None:
+            raise held  # what is applied cannot be read any more, and what is announced shall not be applied
+        return here
 
     async def overtaken(self, hinted: int) -> bool:
         """Tell whether the channel has moved on since the last :meth:`catch_up`.
@@ -373,6 +472,7 @@ class Checkout:
 
     async def _go_to(self, commit: Commit, state: BucketState) -> set[str] | None:
         """Make the ``remote`` half describe a generation."""
+        self.commit = commit
         generation, seen = commit.generation, self._target
         same_bucket = seen.bucket == state.created
         target = Target(
@@ -395,7 +495,8 @@ class Checkout:
             if target != seen:
                 await self._thread.run(lambda: self._keep_target(target))
             return set()
-        if await self._thread.run(lambda: self._take_kept(target)):
+        if self.kept is not None and (name := await self.kept.ready(target)):
+            await self._thread.run(lambda: self.take_kept(name, target))
             return None
         if target.rules != seen.rules:
             await self._thread.run(self.tables.forget_nodes)
@@ -431,13 +532,45 @@ class Checkout:
         crash_point("walked")
         return touched
 
-    def _take_kept(self, target: Target) -> bool:
-        """Go to a generation that is materialised here: both halves of the index are those of that time."""
-        if not self.kept(target):
-            return False
+    def take_kept(self, name: str, target: Target) -> None:
+        """Go to a generation that is materialised here: both halves of the index are those of that time. Blocking.
+
+        :raises DiskProblem: what is known of it cannot be read back.
+        """
+        assert self.kept is not None
+        self.kept.take(name)
         kept = _target(self._index.note(TARGET))
         self._keep_target(replace(target, partial=kept.partial))
+
+    def back_to(self, note: str) -> Target | None:
+        """Return where to go, to be at a generation that was the target before; ``None``: with other rules than now.
+
+        :param note: what was noted of it then.
+        """
+        then, now = _target(note), self._target
+        if then.rules != self._fingerprint:
+            return None
+        seen = {name: getattr(now, name) for name in ("bucket", "seq", "highest", "highest_record")}
+        return replace(then, **seen)
+
+    async def trusts(self, commit: str) -> bool:
+        """Tell whether today's keys have signed a generation that is kept here (see :attr:`commit_note`)."""
+        if not self._guard.active:
+            return True
+        try:
+            fields = json.loads(commit)
+            await self._guard.judge_kept(fields["record"].encode(), fields["signatures"])
+        except (ValueError, TypeError, KeyError, AttributeError, Untrusted):
+            return False
         return True
+
+    @property
+    def commit_note(self) -> str:
+        """The target's record and who signed it, as text to be kept; "" where that is not known."""
+        commit = self.commit
+        if commit is None or commit.digest != self._target.record:
+            return ""
+        return json.dumps({"record": commit.record.decode(), "signatures": commit.signatures})
 
     @property
     def _fingerprint(self) -> str:
@@ -610,8 +743,18 @@ class Checkout:
         return self._gatherer.take_missing()
 
 
-def _nothing_kept(target: Target) -> bool:  # noqa: ARG001
-    return False
+async def _exactly(reader: TreeReader, number: int, record: str) -> Commit | None:
+    """Return a generation by number and record, ``None`` where the bucket has no such one (any more)."""
+    found = await reader.generation(number)
+    return found if found is not None and found.digest == record else None
+
+
+def _seconds(note: str) -> float:
+    """Read what :meth:`Checkout._mark_behind` wrote; what is no moment is none."""
+    try:
+        return float(note)
+    except ValueError:
+        return 0.0
 
 
 def _target(note: str) -> Target:

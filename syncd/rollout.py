@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 import structlog
@@ -29,10 +31,11 @@ from syncd.modes import ModePolicy
 from syncd.paths import sort_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator
     from pathlib import Path
 
     from syncd.checkout import Checkout, Target
+    from syncd.drift import DriftPolicy
     from syncd.hooks import ChangeLetter, HookName
     from syncd.index import Index, LocalRow
     from syncd.mirror import Mirror
@@ -46,6 +49,8 @@ log = structlog.get_logger()
 Mode = Literal["mirror", "release"]
 Share = Literal["auto", "reflink", "hardlink", "copy"]
 CHANGED: Final = "changed-paths"
+COMMIT: Final = "commit"
+"""A release's note of its generation's record and signatures."""
 PAGE: Final = 1000
 HEALTH_PAUSE_SECONDS: Final = 1.0
 HEALTH_TRIES: Final = 1_000_000
@@ -112,7 +117,7 @@ class Rollout:
         self._unpruned = options.mode == "release"
         self._log = log.bind(folder=folder, role="subscribe")
         if options.mode == "release":
-            checkout.kept = self._take_kept
+            checkout.kept = self
 
     @property
     def is_release(self) -> bool:
@@ -156,6 +161,29 @@ class Rollout:
 
     # -- before --------------------------------------------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def going(self) -> AsyncIterator[None]:
+        """Bring a generation into place within this; so often cut off by our own end, it is not tried again.
+
+        What is gone back to is not counted: there is nothing else to go to.
+
+        :raises Held: it was begun too often.
+        """
+        target = self._checkout.target
+        if self._returning or target.record == self._standing.record:
+            yield
+            return
+        begins = await self._thread.run(lambda: self._standing.begin(target.record))
+        if begins > self._options.max_failures and self._standing.at[0]:
+            reason = f"its application began {begins - 1} times and never ended"
+            await self._refuse(target.number, target.record, reason)
+            raise self._held(target.number, reason)
+        try:
+            yield
+        except (asyncio.CancelledError, SyncdError):
+            await asyncio.shield(self._thread.run(self._standing.gave_up))
+            raise
+
     async def check_mirror(self, rows: Iterable[Row]) -> None:
         """In mirror mode: have the staged tree checked, and write down what changes.
 
@@ -167,7 +195,7 @@ class Rollout:
                 lambda: self._mirror.build_check(self._items())  # cloned or copied: what is live is never linked
             )
             try:
-                await self._check(staged)
+                await self._check(staged, self._checkout.target)
             finally:
                 await self._thread.run(self._mirror.drop_check)
         await self._write_changes(rows)
@@ -181,7 +209,7 @@ class Rollout:
         name, staged = await self._thread.run(lambda: self._build(problems))
         try:
             if self._options.check and not self._returning:
-                await self._check(staged)
+                await self._check(staged, self._checkout.target)
         except BaseException:
             await self._thread.run(lambda: self._mirror.drop_build(name))
             raise
@@ -202,7 +230,11 @@ class Rollout:
         target = self._checkout.target
         name = release_name(target.number, target.root, taken=self._mirror.releases())
         applied = Applied(target.number, target.record, target.root, rules=target.rules)
-        notes = {TARGET: self._index.note(TARGET), APPLIED: json.dumps(asdict(applied))}
+        notes = {
+            TARGET: self._index.note(TARGET),
+            APPLIED: json.dumps(asdict(applied)),
+            COMMIT: self._checkout.commit_note,
+        }
         built = self._mirror.build(
             name,
             self._items(),
@@ -249,24 +281,70 @@ class Rollout:
 
     # -- releases that are here ----------------------------------------------------------------------------------------
 
-    def _take_kept(self, target: Target) -> bool:
-        """Switch to a release that holds a generation, where there is one. Blocking."""
+    async def ready(self, target: Target) -> str:
+        """See :class:`syncd.checkout.Kept`: checked as a new one, unless it is current already, or returned to."""
+        name = await self._thread.run(lambda: next(self._kept(target.record, target.rules), ("", {}))[0])
+        is_new = name != self._mirror.release and not self._standing.returns_to(target.record)
+        if name and is_new and self._options.check:
+            await self._check(self._mirror.root / "releases" / name, target)
+        return name
+
+    def take(self, name: str) -> None:
+        """See :class:`syncd.checkout.Kept`."""
+        before = self._mirror.release
+        self._forget_changes()
+        self._unpruned = True
+        self._mirror.switch(name)
+        crash_point("release_switched")
+        if not self._load(name):
+            raise DiskProblem(f"what is known of release {name} cannot be read back", hint="check the disk")
+        if name != before:
+            self._log.info("release_switched", release=name, kept=True)
+
+    async def go_back(self) -> bool:
+        """Go to the kept release of the last generation that ended well, asking nobody: the server may be away.
+
+        :returns: whether it is there now; else it has to be had from the bucket.
+        """
+        number, record = self._standing.at
+        if not self.is_release or not number or record == self._standing.record:
+            return False
+        for name, notes in await self._thread.run(lambda: list(self._kept(record))):
+            target = self._checkout.back_to(notes.get(TARGET, ""))
+            if target is not None and await self._checkout.trusts(notes.get(COMMIT, "")):
+                await self._thread.run(partial(self._checkout.take_kept, name, target))
+                return True
+        return False
+
+    def _kept(self, record: str, rules: str | None = None) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield the releases that hold a generation, the newest first, with their notes."""
         for name in reversed(self._mirror.releases()):
             notes = self._releases.notes(self._known(name)) or {}
             try:
                 kept = json.loads(notes.get(TARGET, "{}"))
             except ValueError:
                 continue
-            if (kept.get("record"), kept.get("rules")) != (target.record, target.rules):
-                continue
-            self._forget_changes()
-            self._unpruned = True
-            self._mirror.switch(name)
-            crash_point("release_switched")
-            if self._load(name):
-                self._log.info("release_switched", release=name, kept=True)
-                return True
-        return False
+            if kept.get("record") == record and (rules is None or kept.get("rules") == rules):
+                yield name, notes
+
+    def mend_link(self, policy: DriftPolicy) -> bool:
+        """Look whether somebody moved the link to the current release, and put it back as the policy has it. Blocking.
+
+        :raises DiskProblem: it cannot be put back.
+        """
+        held = self._mirror.release
+        if not held:
+            return False
+        try:
+            now = self._mirror.current()
+        except DiskProblem:
+            now = "?"
+        if now == held:
+            return False
+        self._log.warning("drift", path="current", policy=policy)
+        if policy == "repair":
+            self._mirror.switch(held if held in self._mirror.releases() else "")
+        return True
 
     def _known(self, name: str) -> Path:
         if self._file is None:
@@ -295,8 +373,7 @@ class Rollout:
     def _returning(self) -> bool:
         return self._standing.returns_to(self._checkout.target.record)
 
-    async def _check(self, staged: Path) -> None:
-        target = self._checkout.target
+    async def _check(self, staged: Path, target: Target) -> None:
         outcome = await self._run("check", target.number, staged=staged)
         crash_point("checked")
         if not outcome.ok:

@@ -28,6 +28,7 @@ class _State:
     :ivar back: it is a return: its hooks run, but nothing is returned from.
     :ivar left: the generation that was applied before it.
     :ivar tries: how often its hooks began.
+    :ivar going, begins: the generation that is being brought into place, and how often that began.
     :ivar refused: record -> why it is not gone to.
     """
 
@@ -40,6 +41,8 @@ class _State:
     back: bool = False
     left: int = 0
     tries: int = 0
+    going: str = ""
+    begins: int = 0
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -124,6 +127,7 @@ class Standing:
         :param tree: what tells its tree, as this mirror takes it, from others. Nothing is run for the same one again.
         """
         state = self._state
+        state.going, state.begins = "", 0
         same, state.tree = tree == state.tree, tree
         if same and state.record:
             if state.good_record == state.record:
@@ -138,6 +142,20 @@ class Standing:
         if not self._hooked:
             state.good, state.good_record = number, record
         self._write()
+
+    def begin(self, record: str) -> int:
+        """A generation is about to be brought into place; return how often that began."""
+        state = self._state
+        state.begins = state.begins + 1 if record == state.going else 1
+        state.going = record
+        self._write()
+        return state.begins
+
+    def gave_up(self) -> None:
+        """It ended, well or not, and was not cut off: that does not count."""
+        if self._state.begins:
+            self._state.begins -= 1
+            self._write()
 
     def try_hooks(self) -> int:
         """The hooks begin; return how often they did for this generation."""
@@ -168,8 +186,12 @@ class Standing:
         self._write()
 
     def forget_refusals(self) -> None:
-        """A person wants everything tried again."""
-        self._state.refused.clear()
+        """A person wants everything tried again: the hooks of what is in place, too, if it was refused for them."""
+        state = self._state
+        if state.record in state.refused:
+            state.due, state.tries = self._hooked, 0
+        state.going, state.begins = "", 0
+        state.refused.clear()
         self._write()
 
     def _write(self) -> None:

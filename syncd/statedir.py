@@ -65,12 +65,24 @@ class Pin:
         self._file = file
 
     def number(self) -> int:
-        """Return the generation to stay at, 0 for none; a file that is no pin pins nothing."""
+        """Return the generation to stay at, 0 for none.
+
+        :raises DiskProblem: it cannot be read, or is no number: nobody said that the channel may be followed again.
+        """
         try:
             text = self._file.read_text("ascii").strip()
-        except (OSError, ValueError):
+        except FileNotFoundError:
             return 0
-        return int(text) if text.isdigit() and len(text) <= PIN_DIGITS else 0
+        except OSError as error:
+            raise DiskProblem(f"cannot read {self._file}: {error.strerror}", hint="use the daemon's user") from error
+        except ValueError:
+            text = ""
+        if not text.isdigit() or len(text) > PIN_DIGITS:
+            raise DiskProblem(
+                f"the pin {self._file} is damaged",
+                hint=f"say it again: syncd pin {self._file.name} N, or --clear",
+            )
+        return int(text)
 
     def set(self, number: int) -> None:
         """Stay at a generation; 0: follow the channel again.
@@ -82,7 +94,10 @@ class Pin:
                 self._file.unlink(missing_ok=True)
                 return
             draft = self._file.with_name(f".{self._file.name}.{os.getpid()}")
-            draft.write_text(f"{number}\n")
+            with draft.open("w") as file:
+                file.write(f"{number}\n")
+                file.flush()
+                os.fsync(file.fileno())
             draft.replace(self._file)
         except OSError as error:
             raise DiskProblem(f"cannot write {self._file}: {error.strerror}", hint="use the daemon's user") from error

@@ -272,12 +272,18 @@ class Subscriber:
             rollout = options.rollout
             self._mirror = Mirror.open(options.path, owner=options.owner, mode=rollout.mode)
             self._standing = Standing(self._index, hooked=rollout.hooked)
-            note = TrustNote(self._index_file and self._index_file.with_name(TRUST_FILE))
+            note = TrustNote(self._index_file and self._index_file.with_name(TRUST_FILE), self._index)
             guard = Guard(self._bucket, options.channel, options.trust, note, self._thread, self._clock)
             half = (self._index, self._mirror, options.rules, self._thread)
             self._objects = Objects(self._store, self._bucket, *half, modes=rollout.modes)
             self._checkout = Checkout(
-                self._bucket, options.channel, *half, guard=guard, standing=self._standing, modes=rollout.modes
+                self._bucket,
+                options.channel,
+                *half,
+                guard=guard,
+                standing=self._standing,
+                modes=rollout.modes,
+                clock=self._clock,
             )
             self._rollout = Rollout(
                 rollout,
@@ -373,12 +379,18 @@ class Subscriber:
 
     async def _feed_pin(self, agenda: Agenda) -> None:
         """Take notice of a person's pin within a second."""
-        known = self._pin()
+        known = self._pin_or_damage()
         while True:
             await asyncio.sleep(PIN_SECONDS)
-            if (now := self._pin()) != known:
+            if (now := self._pin_or_damage()) != known:
                 known = now
                 agenda.wake()
+
+    def _pin_or_damage(self) -> int:
+        try:
+            return self._pin()
+        except DiskProblem:
+            return -1  # the round says what is wrong with it
 
     async def _finish_round(self, result: PullResult, agenda: Agenda) -> None:
         agenda.done(self._full_seconds)
@@ -461,6 +473,7 @@ class Subscriber:
         except Overtaken:
             self._log.info("generation_overtaken")
         except WentBack:
+            await self._go_back(trip.result)
             trip.full = True
         except ContentChanged as error:
             trip.regathered += 1
@@ -475,6 +488,7 @@ class Subscriber:
                 raise
         except NoGeneration:
             self._refused = True
+            self._status.set_problems(self._problems())
             raise
         else:
             self._refused = False
@@ -485,11 +499,19 @@ class Subscriber:
         suspected, self._suspected = self._suspected, set()
         if trip.full and not trip.checked:
             await self._thread.run(self._drift.check)
+            if self._rollout.is_release:
+                await self._mend_link(trip)
             trip.checked = True
             trip.result.drifted += self._drift.drifted
         elif suspected:
             trip.touch(await self._thread.run(lambda: self._drift.check(suspected)))
             trip.result.drifted += self._drift.drifted
+
+    async def _mend_link(self, trip: _Trip) -> None:
+        if await self._thread.run(lambda: self._rollout.mend_link(self._options.drift)):
+            trip.result.drifted += 1
+            if self._options.drift == "report":
+                self._drift.problems.note(Problem("current", "drift", f"it does not lead to {self._mirror.release}"))
 
     async def _remove_extraneous(self, *, allow_delete: bool) -> int:
         if self._options.extraneous != "delete" or self._upstream.in_doubt:
@@ -523,13 +545,29 @@ class Subscriber:
             if before != layout:
                 await self._thread.run(lambda: self._index.set_note(LAYOUT, layout))
             self._layout, self._layout_of = layout, state.created
-        if self._layout == "objects" and self._rollout.is_release:
+        if self._layout == "objects":
+            self._refuse_settings()
+
+    def _refuse_settings(self) -> None:
+        """Refuse what only generations can do, rather than leave it out in silence.
+
+        :raises UsageError: it is asked for.
+        """
+        options = self._options
+        lacks = ""
+        if self._rollout.is_release:
+            lacks = "release mode cannot build from"
+        elif self._checkout.explicit:
+            lacks = "knows no generations"
+        elif options.rollout.check or options.rollout.hooked:
+            lacks = "runs no hooks"
+        elif options.channel != HEAD:
+            lacks = f"has no channels ({options.channel!r})"
+        if lacks:
             raise UsageError(
-                f"folder {self._options.folder!r} has the objects layout, which release mode cannot build from",
-                hint='set mode = "mirror", or publish it with layout = "generations"',
+                f"folder {options.folder!r} has the objects layout, which {lacks}",
+                hint='take that out of [[subscribe]], or publish it with layout = "generations"',
             )
-        if self._layout == "objects" and self._checkout.explicit:
-            raise UsageError(f"folder {self._options.folder!r} has the objects layout, which knows no generations")
 
     @property
     def _upstream(self) -> Upstream:
@@ -575,14 +613,15 @@ class Subscriber:
         moving = await self._thread.run(self._rollout.moving)
         if moving and self._standing.refused(self._checkout.target.record):
             return  # what is announced is not gone to, and what is here cannot be read any more: it stays
-        if self._rollout.is_release and not await self._thread.run(self._rollout.is_current):
-            before = await self._thread.run(self._index.count_local)
-            await self._rollout.release(self._changes(touched), self._drift.problems)
-            result.placed += max(0, await self._thread.run(self._index.count_local) - before)
-        else:
-            if moving and not self._rollout.is_release:
-                await self._rollout.check_mirror(self._changes(touched))
-            await self._apply(touched, result, meter)
+        async with self._rollout.going():
+            if self._rollout.is_release and not await self._thread.run(self._rollout.is_current):
+                before = await self._thread.run(self._index.count_local)
+                await self._rollout.release(self._changes(touched), self._drift.problems)
+                result.placed += max(0, await self._thread.run(self._index.count_local) - before)
+            else:
+                if moving and not self._rollout.is_release:
+                    await self._rollout.check_mirror(self._changes(touched))
+                await self._apply(touched, result, meter)
         self._upstream.forget_removals()
         await self._end_generation(result)
 
@@ -621,14 +660,31 @@ class Subscriber:
             if interrupted:
                 self._layout = "generations"
                 self._log.info("generation_rolled_forward")
-                await self._apply(None, result, Meter(None))
+                async with self._rollout.going():
+                    await self._apply(None, result, Meter(None))
                 await self._end_generation(result)
             elif self._standing.due:
                 self._log.info("hooks_run_again", generation=self._standing.number)
                 await self._rollout.finish()
-        except (WentBack, StagedVanished):
+        except WentBack:
+            await self._go_back(result)
+            return True
+        except StagedVanished:
+            return True
+        except Held:
+            if not self._rollout.is_release:
+                await self._thread.run(self._checkout.give_up_apply)  # from the midst of it back to the one before
             return True
         return False
+
+    async def _go_back(self, result: PullResult) -> None:
+        """Be at the generation before at once, where that needs no server; what the bucket says comes after it."""
+        number, reason = self._standing.number, self._standing.refused(self._standing.record)
+        if await self._rollout.go_back():
+            await self._end_generation(result)
+        self._layout = "generations"  # nothing else can be gone back from
+        self._checkout.problems.note(Problem("", "generation_held", f"generation {number} failed here: {reason}"))
+        self._status.set_problems(self._problems())
 
     async def _end_generation(self, result: PullResult) -> None:
         """Remember the generation that the mirror has now.

@@ -8,7 +8,8 @@ generation record whose digest the move names and that enough of them signed as 
    be shown as another; bytes are checked before anything is read from them (:func:`check_signed`);
  * a move and a generation count for the folder, channel and number that they name, nowhere else (:func:`check_move`);
  * the count of a channel's moves only grows (:func:`judge_move`); a number has one record (:func:`judge_generation`);
- * a key set is followed by the next one only, and by its own keys' word (:func:`advance`).
+ * a key set is followed by the next one only, and by its own keys' word (:func:`advance`);
+ * what only a removed key vouched for is doubted, nothing else is forgotten (:func:`recover`).
 
 A move ("syncd-move") and signatures ("syncd-signatures") are texts in the metadata of the object they belong to; a key
 set is the content of the object ``keys/<ten digits>``. All are canonical JSON, as generation records are.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from calendar import monthrange, timegm
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -29,7 +30,7 @@ from syncd.nodes import FORMAT, MAX_GENERATION, check_format, decode_record, dig
 from syncd.signatures import MAX_SIGNATURES, decode_signatures, is_public, signers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 MOVE: Final = "syncd-move"
 """Metadata key of a channel's link: the text of the move."""
@@ -48,6 +49,10 @@ WHO_MAX: Final = 256
 WHY_MAX: Final = 1024
 NAME_MAX: Final = 256
 """Characters of a folder or channel."""
+CLOCK_SLACK_SECONDS: Final = 300.0
+"""What two hosts' clocks may differ by before a time counts as come, or as earlier."""
+EVER: Final = "1970-01-01T00:00:00Z"
+"""A time that no move was made before."""
 RECORD_MAX: Final = 16 * 1024
 """Bytes of a move or key set."""
 
@@ -309,6 +314,12 @@ def is_expired(expires: str, now_s: float, *, slack: float = 0.0) -> bool:
     return end is None or now_s - slack >= end
 
 
+def _is_before(at: str, since: str) -> bool:
+    """Tell whether a record was made before a time, whatever the clocks' difference."""
+    made, moment = seconds_of(at), seconds_of(since)
+    return made is None or moment is None or made + CLOCK_SLACK_SECONDS < moment
+
+
 # -- what is trusted ---------------------------------------------------------------------------------------------------
 
 
@@ -454,14 +465,23 @@ def advance(trust: Trust, record: bytes, signatures_text: str, *, folder: str) -
     return Trust(frozenset(keys.keys), keys.threshold, keys.version, digest_of(record), trust.anchor)
 
 
+class Step(NamedTuple):
+    """One key set that was followed: what is trusted by it, and when it was made, as its maker's clock had it."""
+
+    trust: Trust
+    at: str
+
+
 class Followed(NamedTuple):
     """How far key sets lead.
 
     :ivar problem: why the next one there is was not followed, ``None`` where there is no next one.
+    :ivar steps: all that were followed, in order: what each of them drops is doubted from its time on.
     """
 
     trust: Trust
     problem: SyncdError | None
+    steps: tuple[Step, ...] = ()
 
 
 def follow(trust: Trust, records: Mapping[int, tuple[bytes, str]], *, folder: str) -> Followed:
@@ -487,12 +507,14 @@ def follow(trust: Trust, records: Mapping[int, tuple[bytes, str]], *, folder: st
 
 
 def _walk(trust: Trust, records: Mapping[int, tuple[bytes, str]], folder: str) -> Followed:
+    steps: list[Step] = []
     while (found := records.get(trust.version + 1)) is not None:
         try:
             trust = advance(trust, *found, folder=folder)
         except SyncdError as error:
-            return Followed(trust, error)
-    return Followed(trust, None)
+            return Followed(trust, error, tuple(steps))
+        steps.append(Step(trust, decode_keys(found[0]).at))
+    return Followed(trust, None, tuple(steps))
 
 
 def start_at(trust: Trust, version: int, record: bytes, folder: str) -> Trust | None:
@@ -515,6 +537,10 @@ def start_at(trust: Trust, version: int, record: bytes, folder: str) -> Trust | 
 # -- what was seen -----------------------------------------------------------------------------------------------------
 
 
+_SEEN_KEYS: Final = {"count", "move", "highest", "record", "moved", "signed_by", "expires", "doubted"}
+_OLD_SEEN_KEYS: Final = {"count", "move", "highest", "record", "moved_by", "signed_by"}
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What a host remembers of a channel.
@@ -523,52 +549,76 @@ class Seen:
     :ivar move: BLAKE3 of that move's record; "" for none.
     :ivar highest: the highest number of a generation that was gone to; 0 for none.
     :ivar record: BLAKE3 of that generation's record; "" for none.
-    :ivar moved_by, signed_by: the trusted keys that had signed the one and the other, sorted (:func:`recover`).
+    :ivar moved: each trusted key's highest count, of the moves that were followed and that it had signed.
+    :ivar signed_by: the trusted keys that had signed the generation ``highest``, sorted.
+    :ivar expires: the end of the newest move that was followed; "" for never.
+    :ivar doubted: since when no trusted key vouches for that move (:func:`recover`); "": one does.
     """
 
     count: int = 0
     move: str = ""
     highest: int = 0
     record: str = ""
-    moved_by: tuple[str, ...] = ()
+    moved: Mapping[str, int] = field(default_factory=dict)
     signed_by: tuple[str, ...] = ()
+    expires: str = ""
+    doubted: str = ""
+
+    @property
+    def floor(self) -> int:
+        """The highest count that a trusted key vouches for, 0 for none: nothing leads below, whatever is doubted."""
+        return max(self.moved.values(), default=0)
 
     def to_json(self) -> str:
         """Return what :meth:`from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Seen:
+    def from_json(cls, text: str, vouchers: Collection[str] = ()) -> Seen:
         """Read what was remembered.
 
+        :param vouchers: the keys that vouch for all of it, where an older version wrote it, which did not count for
+            each key: those that were trusted then. So nobody is led back; a count that a thief had driven up before
+            the upgrade stands until none of them is trusted any more.
         :raises ValueError: it is damaged. Whoever goes on without it can be led back: a person has to decide that.
         """
-        note = _Note(text, {"count", "move", "highest", "record", "moved_by", "signed_by"}, "a channel")
+        note = _Note(text, _SEEN_KEYS, "a channel", older=_OLD_SEEN_KEYS)
+        count, highest = note.integer("count"), note.integer("highest")
+        if note.is_older:
+            moved = dict.fromkeys(vouchers or note.texts("moved_by"), count) if count else {}
+            signed_by = sorted(vouchers or note.texts("signed_by")) if highest else []
+        else:
+            moved, signed_by = note.integers("moved"), note.texts("signed_by")
         seen = cls(
-            count=note.integer("count"),
+            count=count,
             move=note.digest("move"),
-            highest=note.integer("highest"),
+            highest=highest,
             record=note.digest("record"),
-            moved_by=tuple(note.texts("moved_by")),
-            signed_by=tuple(note.texts("signed_by")),
+            moved=moved,
+            signed_by=tuple(signed_by),
+            expires="" if note.is_older else note.time("expires"),
+            doubted="" if note.is_older else note.time("doubted"),
         )
         if bool(seen.count) is not bool(seen.move) or bool(seen.highest) is not bool(seen.record):
             raise ValueError("what was remembered of a channel contradicts itself")
+        if seen.floor > seen.count or (seen.floor == seen.count) is bool(seen.doubted):
+            raise ValueError("who vouches for what was remembered of a channel contradicts the rest")
         return seen
 
 
 class _Note:
     """A remembered JSON object: its fields, or ValueError."""
 
-    def __init__(self, text: str, keys: set[str], what: str) -> None:
+    def __init__(self, text: str, keys: set[str], what: str, *, older: set[str] | None = None) -> None:
         self._what = f"what was remembered of {what} is damaged"
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError):
             raise ValueError(self._what) from None
-        if not isinstance(fields, dict) or fields.keys() != keys:
+        if not isinstance(fields, dict) or (fields.keys() != keys and fields.keys() != older):
             raise ValueError(self._what)
         self._fields: dict[str, Any] = fields
+        self.is_older = fields.keys() == older
 
     def integer(self, key: str) -> int:
         value = self._fields[key]
@@ -588,18 +638,46 @@ class _Note:
             raise ValueError(f"{self._what}: {key}")
         return value
 
+    def integers(self, key: str) -> dict[str, int]:
+        value = self._fields[key]
+        if not isinstance(value, dict):
+            raise ValueError(f"{self._what}: {key}")  # noqa: TRY004 - of one kind with all other damage
+        if not all(type(one) is int and 0 < one <= MAX_COUNT for one in value.values()):
+            raise ValueError(f"{self._what}: {key}")
+        return value
 
-def recover(seen: Seen, trust: Trust) -> Seen:
-    """Forget what rests on keys that are not trusted (any more).
+    def time(self, key: str) -> str:
+        value = self._fields[key]
+        if type(value) is not str or (value and seconds_of(value) is None):
+            raise ValueError(f"{self._what}: {key}")
+        return value
 
-    Whoever stole a key can send hosts to the highest possible count or number, and nothing honest could ever follow.
-    Once the key is revoked, its word is forgotten as well. To be called after each change of what is trusted.
+
+def recover(seen: Seen, trust: Trust, since: str) -> Seen:
+    """Doubt what no trusted key vouches for (any more). To be called after each change of what is trusted.
+
+    Whoever stole a key can send hosts to the highest possible count, and nothing honest could ever follow: once the
+    key is revoked, its word must not stand in the way. But what it signed before it was stolen is no worse than the
+    rest, and cannot be told from it; were the count just forgotten, whoever runs the servers could show an old move
+    of a remaining key again. So:
+
+     * a count that *one* remaining key has signed stays: it is not stolen, or it would be revoked, and it signed this.
+       With a threshold above 1, too: thieves who could drive a count up alone had the threshold of stolen keys, and
+       are rid of when none of those who signed it is left. A changed threshold alone makes nobody's word worth less;
+     * a newest move that only dropped keys signed is doubted: a lower count than its is followed then, if it is above
+       all that a remaining key has vouched for, and if that move was made since they were dropped. No honest key's old
+       move is, and who recovers makes a new one (:func:`judge_move`);
+     * a number is no floor, only its record is compared: where none who signed that is left, it is forgotten.
+
+    :param since: when keys were dropped: the time of the key set that did. :data:`EVER` where a person did, in the
+        configuration: a host does not know when, and the moves that are to follow may have been made before.
     """
-    if len(trust.keys.intersection(seen.moved_by)) < trust.threshold:
-        seen = replace(seen, count=0, move="", moved_by=())
-    if len(trust.keys.intersection(seen.signed_by)) < trust.threshold:
-        seen = replace(seen, highest=0, record="", signed_by=())
-    return seen
+    moved = {key: count for key, count in seen.moved.items() if key in trust.keys}
+    signed_by = tuple(key for key in seen.signed_by if key in trust.keys)
+    seen = replace(seen, moved=moved, signed_by=signed_by)
+    if not signed_by:
+        seen = replace(seen, highest=0, record="")
+    return replace(seen, doubted=seen.doubted or since) if seen.floor < seen.count else seen
 
 
 # -- what a channel offers ---------------------------------------------------------------------------------------------
@@ -654,9 +732,18 @@ def judge_offer(trust: Trust, seen: Seen, offer: Offer) -> Accepted:
     check_move(move, folder=offer.folder, channel=offer.channel, number=offer.number, record=record)
     judge_move(seen, move, digest_of(data))
     judge_generation(seen, offer.number, record)
-    after = replace(seen, count=move.count, move=digest_of(data), moved_by=tuple(sorted(moved_by)))
+    after = replace(
+        seen,
+        count=move.count,
+        move=digest_of(data),
+        moved={**seen.moved, **dict.fromkeys(moved_by, move.count)},
+        expires=move.expires,
+        doubted="",
+    )
     if offer.number >= seen.highest:
-        after = replace(after, highest=offer.number, record=record, signed_by=tuple(sorted(signed_by)))
+        # Who leaves out signatures of what is known already must not make us forget who vouches for it.
+        known = seen.signed_by if offer.number == seen.highest else ()
+        after = replace(after, highest=offer.number, record=record, signed_by=tuple(sorted(signed_by.union(known))))
     return Accepted(move, after)
 
 
@@ -679,9 +766,19 @@ def check_move(move: Move, *, folder: str, channel: str, number: int, record: st
 def judge_move(seen: Seen, move: Move, digest: str) -> None:
     """Refuse a move that goes behind what was seen. The same one again is nothing new, and right.
 
+    Behind what is doubted may lead what was made since (:func:`recover`).
+
     :param digest: BLAKE3 of the move's record.
     :raises Untrusted: an older one (rollback or replay), or another one of the same count (two histories).
     """
+    if seen.doubted and seen.floor < move.count <= seen.count and digest != seen.move:
+        if not _is_before(move.at, seen.doubted):
+            return
+        raise Untrusted(
+            f"move {move.count} of channel {move.channel!r} is offered after move {seen.count}, and was made before"
+            f" the keys that vouched for that were removed ({seen.doubted}): rollback or replay",
+            hint=_BEHIND,
+        )
     if move.count < seen.count:
         raise Untrusted(
             f"move {move.count} of channel {move.channel!r} is offered after move {seen.count}: rollback or replay",

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,19 @@ from syncd import rollout
 from syncd.audit import Takes, audit
 from syncd.channels import Channels
 from syncd.checkout import Held
-from syncd.errors import DiskProblem, ObjectGone, UsageError
+from syncd.errors import DiskProblem, ObjectGone, Unavailable, UsageError
+from syncd.mirror import Mirror
 from syncd.modes import ModePolicy
 from syncd.outlet import PublishOptions
 from syncd.publisher import Publisher
-from syncd.rollout import RolloutOptions
+from syncd.rollout import Rollout, RolloutOptions
 from syncd.rules import Rules
+from syncd.signatures import Signer, generate
+from syncd.statedir import StateDir
 from syncd.status import FolderState, FolderStatus, StatusKeeper
-from syncd.store.memory import MemoryStore
+from syncd.store.memory import MemoryBucket, MemoryStore
 from syncd.subscriber import SubscribeOptions, Subscriber
+from syncd.trust import Trust
 
 if TYPE_CHECKING:
     from syncd.upstream import PullResult
@@ -46,6 +51,7 @@ class Site:
         self.options = RolloutOptions(health_seconds=0.5, timeout=10)
         self.extra: dict[str, Any] = {}
         self.pinned = 0
+        self.signer: Signer | None = None
 
     def hook(self, text: str) -> tuple[str, ...]:
         return ("/bin/sh", "-c", text, "hook", str(self.log))
@@ -64,7 +70,7 @@ class Site:
                 path.unlink()
             else:
                 path.write_text(text)
-        options = PublishOptions("app", self.source, Rules(), "here:/source")
+        options = PublishOptions("app", self.source, Rules(), "here:/source", signer=self.signer)
         status = StatusKeeper(FolderStatus("publish", "app", "/"), clock=time.time, report=lambda _: None)
         result = await Publisher(options, self.store, self.tmp / "publish.db", status=status).push(allow_delete=True)
         return result.generation
@@ -354,6 +360,85 @@ async def test_a_crash_loop_is_capped(site: Site, mode: Any, monkeypatch: pytest
     assert site.files() == {"a": "one"}
 
 
+@MODES
+@pytest.mark.fault("C7")
+@pytest.mark.parametrize("point", ["checked", "in the midst of it"])
+async def test_a_crash_loop_before_the_hooks_is_capped(
+    site: Site, mode: Any, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generation whose application ends us each time is begun so often and no more; a newer one is tried."""
+    site.options = replace(site.options, mode=mode, max_failures=2, check=site.says("check"), apply=site.says("apply"))
+    await site.push(a="one", b="one")
+    await site.pull()
+    await site.push(a="two", b="two")
+    if point == "checked":
+        crash_at(monkeypatch, point)
+    else:
+
+        def dies(*_: Any, **__: Any) -> None:
+            raise Crash
+
+        monkeypatch.setattr(Mirror, {"mirror": "commit", "release": "publish_release"}[mode], dies)
+    for _ in range(2):
+        with pytest.raises(Crash):
+            await site.pull()
+    for _ in range(2):
+        with pytest.raises(Held, match="its application began 2 times and never ended"):
+            await site.pull()
+        monkeypatch.undo()
+    assert site.files() == {"a": "one", "b": "one"}
+    assert [line for line in site.told() if line.startswith("check")] == [
+        "check 1 after none",
+        *["check 2 after 1"] * (2 if point == "checked" or mode == "release" else 1),
+    ]
+    await site.push(a="three")
+    assert (await site.pull()).generation == 3
+    assert site.files() == {"a": "three", "b": "two"}
+
+
+@MODES
+async def test_a_stop_in_the_midst_of_it_is_no_verdict(site: Site, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restarted again and again, or refused by the disk, a good generation is not refused for it."""
+    site.options = replace(site.options, mode=mode, max_failures=1, check=site.says("check"))
+    await site.push(a="one")
+    await site.pull()
+    await site.push(a="two")
+
+    for end in (asyncio.CancelledError, DiskProblem("the disk")) * 2:
+
+        async def stopped(*_: Any, end: Any = end) -> None:
+            raise end
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Rollout, "_check", stopped)
+            with pytest.raises((asyncio.CancelledError, DiskProblem)):
+                await site.pull()
+    assert (await site.pull()).generation == 2
+
+
+@MODES
+@pytest.mark.parametrize("hook", ["apply", "health"])
+async def test_a_word_on_what_stayed_in_place_runs_its_hooks_again(site: Site, mode: Any, hook: str) -> None:
+    """There was nothing to go back to: a person's word is one more try, and not the end of it."""
+    good = site.root.parent / "good"
+    site.options = replace(site.options, mode=mode, **{hook: site.says(hook, f"test -e {good}")})
+    await site.push(a="one")
+    with pytest.raises(Held, match="no generation to go back to"):
+        await site.pull()
+    tries = len(site.told())
+    with pytest.raises(Held):
+        await site.pull()
+    assert len(site.told()) == tries
+    with pytest.raises(Held):
+        await site.pull(allow_delete=True)
+    assert len(site.told()) > tries
+    good.touch()
+    with pytest.raises(Held):
+        await site.pull()
+    await site.pull(allow_delete=True)
+    assert (await site.pull()).generation == 1
+
+
 async def test_a_stop_during_the_hooks_is_no_verdict(site: Site) -> None:
     """Restarted again and again in the middle of a long hook, a good generation is not refused for it."""
     site.options = replace(
@@ -452,6 +537,178 @@ async def test_going_back_to_a_kept_release_downloads_nothing(site: Site, monkey
     assert site.files() == {"a": "3", "only1": "1", "only2": "2"}
 
 
+async def fails_and_server_goes(site: Site, monkeypatch: pytest.MonkeyPatch, hook: str, **options: Any) -> None:
+    """Generation 2 is in place when its hook fails, and the server is away from the first run of that on."""
+    site.options = replace(site.options, **options, **{hook: site.says(hook, "! grep -q bad $SYNCD_PATH/a")})
+    await site.push(a="good", b="b")
+    await site.pull()
+    site.log.unlink()
+    await site.push(a="bad")
+    real = Rollout._run
+
+    async def run(self: Rollout, *arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(MemoryBucket, "state", away)
+        monkeypatch.setattr(MemoryBucket, "get_info", away)
+        return await real(self, *arguments, **named)
+
+    monkeypatch.setattr(Rollout, "_run", run)
+
+
+async def away(*_: Any) -> None:
+    raise Unavailable("the server is away")
+
+
+@pytest.mark.fault("R1", "N1")
+@pytest.mark.parametrize("hook", ["apply", "health"])
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_release_goes_back_without_a_server(
+    site: Site, hook: str, restarted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was applied may be what cut us off: the release before is here, and nobody has to be asked."""
+    await fails_and_server_goes(site, monkeypatch, hook, mode="release", keep_releases=2)
+    if restarted:
+        crash_at(monkeypatch, "hooks_begun")
+        with pytest.raises(Crash):
+            await site.pull()
+        monkeypatch.undo()
+        assert site.files()["a"] == "bad"
+        monkeypatch.setattr(MemoryBucket, "state", away)
+    states: list[FolderStatus] = []
+    with pytest.raises(Unavailable):
+        await site.subscriber(states.append).pull()
+    assert site.files() == {"a": "good", "b": "b"}
+    assert site.told()[-1] == f"{hook} 1 after 2"
+    [problem] = states[-1].problems
+    assert problem.text.startswith(f"generation 2 failed here: {hook} hook: exit code 1")
+    monkeypatch.undo()
+    with pytest.raises(Held):
+        await site.pull()
+    assert site.files() == {"a": "good", "b": "b"}
+    assert len(site.told()) <= 2 + (hook == "health") * 10
+
+
+@pytest.mark.fault("R1", "R7")
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_a_release_goes_back_to_what_was_collected(site: Site, pinned: bool) -> None:
+    """The generation before is kept here, and not in the bucket any more."""
+    hook = site.says("health", "! grep -q bad $SYNCD_PATH/a")
+    site.options = replace(site.options, mode="release", keep_releases=2, health=hook)
+    await site.push(a="good")
+    await site.pull()
+    await site.push(a="bad")
+    bucket = site.store.bucket("app")
+    await bucket.delete("generations/0000000001", expected_seq=None, metadata={})
+    if pinned:
+        site.extra = {"pin": 2}
+    for _ in range(2):
+        with pytest.raises(Held):
+            await site.pull()
+        assert site.files() == {"a": "good"}
+    site.extra = {}
+    await site.push(a="better")
+    await site.pull()
+    assert site.files() == {"a": "better"}
+
+
+@pytest.mark.fault("R1", "R7")
+async def test_a_mirror_stays_where_what_was_before_is_gone(site: Site) -> None:
+    """What failed is in place and said to be; it is kept as it must be, and a newer one leads on."""
+    site.options = replace(site.options, health=site.says("health", "! grep -q bad $SYNCD_PATH/a"))
+    await site.push(a="good", b="b")
+    await site.pull()
+    await site.push(a="bad")
+    bucket = site.store.bucket("app")
+    await bucket.delete("generations/0000000001", expected_seq=None, metadata={})
+    for _ in range(2):
+        with pytest.raises(Held, match="generation 1, the last one that ended well here, is not gone back to"):
+            await site.pull()
+        assert site.files() == {"a": "bad", "b": "b"}
+        (site.root / "b").write_text("drifted")
+    with pytest.raises(Held):
+        await site.pull()
+    assert site.files() == {"a": "bad", "b": "b"}
+    await site.push(a="better")
+    await site.pull()
+    assert site.files() == {"a": "better", "b": "b"}
+
+
+@pytest.mark.fault("K9", "R1")
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_k9_a_release_goes_back_alone_only_to_what_is_trusted_today(
+    site: Site, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept release has its record and signatures; without a server what this host knows of keys decides."""
+    one, two = (Signer(generate()[0]) for _ in range(2))
+    both = Trust(frozenset({one.public, two.public}), 1)
+    site.options = replace(site.options, mode="release", apply=site.says("apply", "! grep -q bad $SYNCD_PATH/a"))
+    for signer, text in ((one, "good"), (two, "bad")):
+        site.extra, site.signer = {"trust": both}, signer
+        await site.push(a=text)
+        if text == "bad":
+            crash_at(monkeypatch, "hooks_begun")
+        with nullcontext() if text == "good" else pytest.raises(Crash):
+            await site.pull()
+    monkeypatch.undo()
+    monkeypatch.setattr(MemoryBucket, "state", away)
+    site.extra = {"trust": both if trusted else Trust(frozenset({two.public}), 1)}
+    with pytest.raises(Unavailable):
+        await site.pull()
+    assert site.files() == {"a": "good" if trusted else "bad"}
+
+
+@pytest.mark.fault("R2")
+async def test_a_kept_release_is_checked_before_it_is_switched_to(site: Site) -> None:
+    """It may never have passed: the hook may be new. What is refused is not gone to, and not asked again."""
+    site.options = replace(site.options, mode="release", keep_releases=5)
+    for text in ("bad", "good"):
+        await site.push(a=text)
+        await site.pull()
+    site.options = replace(
+        site.options, check=site.hook('echo "$SYNCD_STAGED" >> "$1"; ! grep -q bad "$SYNCD_STAGED/a"')
+    )
+    await Channels(site.store.bucket("app"), time.time).rollback("head", to=1, who="somebody")
+    for _ in range(2):
+        with pytest.raises(Held, match="check hook"):
+            await site.pull()
+        assert site.files() == {"a": "good"}
+    [staged] = site.told()
+    assert Path(staged).parent == site.root / "releases"
+    site.options = replace(site.options, check=site.hook("true"))
+    await site.pull(allow_delete=True)
+    assert site.files() == {"a": "bad"}
+
+
+@pytest.mark.parametrize("drift", ["repair", "report", "keep"])
+@pytest.mark.parametrize("how", ["removed", "elsewhere", "older", "missing release"])
+async def test_a_link_that_was_moved_is_drift(site: Site, how: str, drift: str) -> None:
+    """By a running daemon as well: programs read through nothing else."""
+    site.options = replace(site.options, mode="release")
+    site.extra = {"drift": drift, "rescan_seconds": 0.1}
+    for text in ("one", "two"):
+        await site.push(a=text)
+        await site.pull()
+    states: list[FolderStatus] = []
+    running = asyncio.create_task(site.subscriber(states.append).run())
+    link = site.root / "current"
+    try:
+        await _until(lambda: bool(states) and states[-1].state is FolderState.IN_SYNC)
+        good = link.readlink()
+        link.unlink()
+        if how != "removed":
+            older = next(name for name in site.releases() if name.startswith("1-"))
+            link.symlink_to({"elsewhere": "/etc", "older": f"releases/{older}"}.get(how, "releases/9-0123abcd"))
+        if drift == "repair" and how == "elsewhere":  # somebody's, and not ours to remove
+            await _until(lambda: "which syncd did not make" in states[-1].error)
+        elif drift == "repair":
+            await _until(lambda: os.path.lexists(link) and link.readlink() == good)
+        elif drift == "report":
+            await _until(lambda: any(problem.path == "current" for problem in states[-1].problems))
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert (os.path.lexists(link) and link.readlink() == good) is (drift == "repair" and how != "elsewhere")
+
+
 async def test_drift_in_the_current_release_is_repaired_there(site: Site) -> None:
     """What somebody forced into a release is put right in place; other releases are not touched."""
     site.options = replace(site.options, mode="release")
@@ -466,16 +723,38 @@ async def test_drift_in_the_current_release_is_repaired_there(site: Site) -> Non
     assert len(site.releases()) == 1
 
 
-async def test_release_mode_needs_generations(site: Site) -> None:
-    """The objects layout knows nothing whole."""
-    options = PublishOptions("app", site.source, Rules(), "here:/source", layout="objects")
+@pytest.mark.parametrize(
+    ("options", "extra", "said"),
+    [
+        ({"mode": "release"}, {}, "release mode cannot build from"),
+        ({}, {"pin": 3}, "knows no generations"),
+        ({}, {"channel": "stable"}, r"has no channels \('stable'\)"),
+        *(({hook: ("true",)}, {}, "runs no hooks") for hook in ("check", "apply", "health")),
+    ],
+    ids=str,
+)
+async def test_what_needs_generations_is_refused_where_there_are_none(
+    site: Site, options: dict[str, Any], extra: dict[str, Any], said: str
+) -> None:
+    """The objects layout knows nothing whole; what is asked for is not left out in silence."""
+    objects = PublishOptions("app", site.source, Rules(), "here:/source", layout="objects")
     status = StatusKeeper(FolderStatus("publish", "app", "/"), clock=time.time, report=lambda _: None)
     (site.source / "a").write_text("one")
-    await Publisher(options, site.store, site.tmp / "publish.db", status=status).push()
-    site.options = replace(site.options, mode="release")
-    with pytest.raises(UsageError, match="release"):
+    await Publisher(objects, site.store, site.tmp / "publish.db", status=status).push()
+    site.options, site.extra = replace(site.options, **options), extra
+    with pytest.raises(UsageError, match=said):
         await site.pull()
     assert not (site.root / "current").exists()
+    assert not (site.root / "a").exists()
+
+
+async def test_a_channel_that_is_not_there_is_named(site: Site) -> None:
+    """It is no folder without generations: what to do is in the hint."""
+    await site.push(a="one")
+    site.extra = {"channel": "slow"}
+    with pytest.raises(Unavailable, match="no channel 'slow'") as told:
+        await site.pull()
+    assert "syncd promote app N --channel slow" in told.value.hint
 
 
 async def test_a_mirror_becomes_a_release_mirror_and_back(site: Site) -> None:
@@ -617,6 +896,31 @@ async def test_a_persons_pin_is_obeyed_within_a_moment(site: Site) -> None:
         await _until(lambda: states[-1].generation == 1)
         assert site.files() == {"a": "1"}
         site.pinned = 0
+        await _until(lambda: states[-1].generation == 2)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.fault("R8")
+async def test_a_pin_that_is_damaged_meanwhile_is_told_and_holds(site: Site, tmp_path: Path) -> None:
+    """A newer generation is not gone to; with the next word it goes on."""
+    state = StateDir(tmp_path / "daemon")
+    state.prepare()
+    pin = state.pin("app")
+    for text in "12":
+        await site.push(a=text)
+    pin.set(1)
+    states: list[FolderStatus] = []
+    subscriber = site.subscriber(states.append)
+    subscriber._pin = pin.number
+    running = asyncio.create_task(subscriber.run())
+    try:
+        await _until(lambda: bool(states) and states[-1].generation == 1)
+        (state.root / "pin" / "app").write_text("")
+        await _until(lambda: "is damaged" in states[-1].error)
+        assert site.files() == {"a": "1"}
+        pin.set(2)
         await _until(lambda: states[-1].generation == 2)
     finally:
         running.cancel()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from syncd.nodes import (
 from syncd.retry import is_transient
 from syncd.signatures import Signature, Signer, decode_signatures, encode_signatures, generate, signers
 from syncd.trust import (
+    CLOCK_SLACK_SECONDS,
+    EVER,
     MAX_COUNT,
     RECORD_MAX,
     WHO_MAX,
@@ -46,6 +48,7 @@ from syncd.trust import (
     Offer,
     Seen,
     Statement,
+    Step,
     Trust,
     advance,
     check_move,
@@ -139,7 +142,9 @@ def test_a_signed_move_to_a_signed_generation_is_followed() -> None:
     move, seen = judge_offer(trusting(ANNA, BOB), Seen(), offer)
     assert move == a_move(7, TWO)
     by = (ANNA.public,)
-    assert seen == Seen(7, digest_of(offer.move.encode()), 2, digest_of(TWO), moved_by=by, signed_by=by)
+    assert seen == Seen(7, digest_of(offer.move.encode()), 2, digest_of(TWO), moved={ANNA.public: 7}, signed_by=by)
+    ends = "2026-11-22T00:00:00Z"
+    assert judge_offer(trusting(ANNA, BOB), Seen(), an_offer(7, TWO, ANNA, expires=ends)).seen.expires == ends
 
 
 def test_the_same_offer_again_is_nothing_new() -> None:
@@ -154,9 +159,9 @@ def test_a_newer_move_leads_back() -> None:
     seen = judge_offer(trusting(ANNA, BOB), Seen(), an_offer(7, THREE, ANNA)).seen
     back = judge_offer(trusting(ANNA, BOB), seen, an_offer(8, ONE, BOB)).seen
     assert (back.count, back.highest, back.record, back.signed_by) == (8, 3, digest_of(THREE), (ANNA.public,))
-    assert back.moved_by == (BOB.public,)
+    assert back.moved == {ANNA.public: 7, BOB.public: 8}
     forth = judge_offer(trusting(ANNA, BOB), back, an_offer(9, THREE, BOB)).seen
-    assert (forth.count, forth.highest, forth.signed_by) == (9, 3, (BOB.public,))
+    assert (forth.count, forth.highest, forth.signed_by) == (9, 3, tuple(sorted([ANNA.public, BOB.public])))
 
 
 def test_different_keys_may_have_signed_the_generation_and_the_move() -> None:
@@ -165,7 +170,7 @@ def test_different_keys_may_have_signed_the_generation_and_the_move() -> None:
         move_signatures=signed(Statement.MOVE, encode_move(a_move(1, ONE)), BOB),
     )
     seen = judge_offer(trusting(ANNA, BOB), Seen(), offer).seen
-    assert (seen.moved_by, seen.signed_by) == ((BOB.public,), (ANNA.public,))
+    assert (seen.moved, seen.signed_by) == ({BOB.public: 1}, (ANNA.public,))
 
 
 # -- attacks -----------------------------------------------------------------------------------------------------------
@@ -269,38 +274,109 @@ def test_k2_two_histories_are_refused() -> None:
     refused(trust, back, an_offer(9, a_generation(2, note="x"), ANNA), "two generations 2")
 
 
+def later(seconds: float) -> str:
+    """A time so long after that of all records here."""
+    moment = seconds_of(AT)
+    assert moment is not None
+    return datetime.fromtimestamp(moment + seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+HOUR = 3600.0
+
+
 @pytest.mark.fault("K3")
 def test_k3_fast_forward_and_recovery() -> None:
     """A thief of a key counts up to the end; once the key is revoked, honest moves are followed again."""
     trust = trusting(ANNA, BOB)
     evil = an_offer(MAX_COUNT, a_generation(nodes.MAX_GENERATION), ANNA)
     seen = judge_offer(trust, Seen(), evil).seen
-    honest = an_offer(9, THREE, BOB)
+    honest = an_offer(9, THREE, BOB, at=later(HOUR))
     refused(trust, seen, honest, "rollback or replay")
-    assert recover(seen, trust) == seen
-    record = key_set(trust, BOB)
-    after = advance(trust, record, signed(Statement.KEYS, record, BOB), folder="app")
-    refused(after, seen, honest, "rollback or replay")
-    seen = recover(seen, after)
-    assert seen == Seen()
-    assert judge_offer(after, seen, honest).seen.count == 9
-    refused(after, seen, evil, "0 good signatures")
+    assert recover(seen, trust, later(HOUR)) == seen
+    record = key_set(trust, BOB, at=later(HOUR))
+    reached, _, (step,) = follow(trust, {1: (record, signed(Statement.KEYS, record, BOB))}, folder="app")
+    assert step == Step(reached, later(HOUR))
+    refused(reached, seen, honest, "rollback or replay")
+    seen = recover(seen, *step)
+    assert seen == Seen(MAX_COUNT, digest_of(evil.move.encode()), doubted=later(HOUR))
+    after = judge_offer(reached, seen, honest).seen
+    assert (after.count, after.highest, after.doubted) == (9, 3, "")
+    refused(reached, seen, evil, "0 good signatures")
+    refused(reached, after, an_offer(8, THREE, BOB, at=later(2 * HOUR)), "rollback or replay")
 
 
-@pytest.mark.fault("K3")
-def test_k3_what_honest_keys_said_is_not_forgotten_with_a_stolen_one() -> None:
+@pytest.mark.fault("K3", "K8")
+def test_k3_thieves_of_the_threshold_are_rid_of_when_their_last_key_is_gone() -> None:
+    """Two of three keys were stolen, and are removed one after the other: the third has vouched for nothing of it."""
+    trust = trusting(ANNA, BOB, CARL, threshold=2)
+    seen = judge_offer(trust, Seen(), an_offer(5, ONE, BOB, CARL)).seen
+    seen = judge_offer(trust, seen, an_offer(MAX_COUNT, TWO, ANNA, BOB)).seen
+    honest = an_offer(6, ONE, CARL, EVE, at=later(HOUR))
+    one_left = recover(seen, trusting(BOB, CARL, threshold=2), later(HOUR))
+    assert (one_left.floor, one_left.doubted) == (MAX_COUNT, "")
+    both_gone = recover(one_left, trusting(CARL, EVE, threshold=2), later(HOUR))
+    assert (both_gone.floor, both_gone.doubted) == (5, later(HOUR))
+    assert judge_offer(trusting(CARL, EVE, threshold=2), both_gone, honest).seen.count == 6
+
+
+@pytest.mark.fault("K2", "K3")
+def test_k2_what_a_remaining_key_has_signed_stays_with_a_removed_one() -> None:
     """A revoked key is no way to lead hosts back: moves and numbers that other keys vouch for stay remembered."""
     trust = trusting(ANNA, BOB)
     seen = judge_offer(trust, Seen(), an_offer(8, THREE, ANNA, BOB)).seen
     after = trusting(BOB, CARL)
-    assert recover(seen, after) == seen
-    refused(after, recover(seen, after), an_offer(7, TWO, BOB), "rollback or replay")
+    kept = recover(seen, after, later(HOUR))
+    assert kept == replace(seen, moved={BOB.public: 8}, signed_by=(BOB.public,))
+    refused(after, kept, an_offer(7, TWO, BOB, at=later(2 * HOUR)), "rollback or replay")
     # the one without the other
-    publishers, operators = replace(seen, signed_by=(ANNA.public,)), replace(seen, moved_by=(ANNA.public,))
-    assert recover(publishers, after) == Seen(8, seen.move, moved_by=seen.moved_by)
-    assert recover(operators, after) == Seen(0, "", 3, seen.record, signed_by=seen.signed_by)
-    # two are needed now, and only one of those who signed is still trusted
-    assert recover(seen, trusting(BOB, CARL, threshold=2)) == Seen()
+    publishers, operators = replace(seen, signed_by=(ANNA.public,)), replace(seen, moved={ANNA.public: 8})
+    assert recover(publishers, after, EVER) == Seen(8, seen.move, moved={BOB.public: 8})
+    found = recover(operators, after, EVER)
+    assert found == Seen(8, seen.move, 3, seen.record, signed_by=(BOB.public,), doubted=EVER)
+    # two are needed now, and only one of those who signed is still trusted: it is none of the thieves
+    assert recover(seen, trusting(BOB, CARL, threshold=2), EVER) == kept
+
+
+@pytest.mark.fault("K2", "K9")
+def test_k2_a_higher_threshold_makes_nobody_forget() -> None:
+    """No key was dropped: what one of them had signed is as good as before."""
+    seen = judge_offer(trusting(ANNA, BOB), Seen(), an_offer(8, THREE, ANNA)).seen
+    both = trusting(ANNA, BOB, threshold=2)
+    assert recover(seen, both, EVER) == seen
+    refused(both, recover(seen, both, EVER), an_offer(7, TWO, ANNA, BOB), "rollback or replay")
+
+
+@pytest.mark.fault("K2", "K9")
+def test_k2_an_old_move_of_a_remaining_key_is_no_recovery() -> None:
+    """Whether it was seen here or not: what may follow was made after the other key was removed."""
+    trust, after = trusting(ANNA, BOB), trusting(BOB)
+    bobs_first = an_offer(1, ONE, BOB)
+    seen = judge_offer(trust, Seen(), bobs_first).seen
+    seen = judge_offer(trust, seen, an_offer(5, THREE, ANNA)).seen
+    doubting = recover(seen, after, later(HOUR))
+    assert (doubting.floor, doubting.count) == (1, 5)
+    refused(after, doubting, bobs_first, "rollback or replay")
+    refused(after, doubting, an_offer(1, ONE, BOB, at=later(2 * HOUR)), "rollback or replay")
+    refused(after, doubting, an_offer(3, TWO, BOB), "before the keys that vouched for that were removed")
+    refused(after, doubting, an_offer(5, TWO, BOB), "before the keys that vouched for that were removed")
+    slack = later(HOUR - CLOCK_SLACK_SECONDS)
+    assert judge_offer(after, doubting, an_offer(3, TWO, BOB, at=slack)).seen.count == 3
+    # the very move that was seen, signed by Bob as well meanwhile, and what goes on from there
+    assert judge_offer(after, doubting, an_offer(5, THREE, BOB)).seen.doubted == ""
+    assert judge_offer(after, doubting, an_offer(6, THREE, BOB)).seen.count == 6
+    # another key goes: it is doubted since the first time
+    assert recover(doubting, trusting(CARL), later(9 * HOUR)).doubted == later(HOUR)
+
+
+@pytest.mark.fault("K2")
+def test_k2_signatures_that_are_left_out_make_nobody_forget_who_vouched() -> None:
+    """Whoever writes to the bucket takes Bob's signatures away: he has vouched for it all the same."""
+    trust = trusting(ANNA, BOB)
+    seen = judge_offer(trust, Seen(), an_offer(8, THREE, ANNA, BOB)).seen
+    again = judge_offer(trust, seen, an_offer(8, THREE, ANNA)).seen
+    assert again == seen
+    assert recover(again, trusting(BOB), later(HOUR)).floor == 8
+    assert recover(again, trusting(BOB), later(HOUR)).highest == 3
 
 
 @pytest.mark.fault("K4")
@@ -532,14 +608,15 @@ def test_k9_all_key_sets_are_followed_at_once() -> None:
     """From wherever a host stands; a bad one is where it stops, and says why."""
     records, trusts = chain(((ANNA, BOB), ANNA), ((BOB,), ANNA), ((BOB, CARL), BOB))
     for trust in trusts:
-        assert follow(trust, records, folder="app") == (trusts[-1], None)
-    assert follow(trusts[0], {}, folder="app") == (trusts[0], None)
+        assert follow(trust, records, folder="app")[:2] == (trusts[-1], None)
+    assert follow(trusts[0], {}, folder="app") == (trusts[0], None, ())
+    assert [step.trust for step in follow(trusts[0], records, folder="app").steps] == trusts[1:]
     bad = {**records, 3: (records[3][0], records[2][1])}
     for trust in trusts[:3]:
-        reached, problem = follow(trust, bad, folder="app")
+        reached, problem, _ = follow(trust, bad, folder="app")
         assert reached == trusts[2]
         assert isinstance(problem, Untrusted)
-    reached, problem = follow(trusts[1], {2: (b"{}", signed(Statement.KEYS, b"{}", ANNA))}, folder="app")
+    reached, problem, _ = follow(trusts[1], {2: (b"{}", signed(Statement.KEYS, b"{}", ANNA))}, folder="app")
     assert (reached, type(problem)) == (trusts[1], ObjectCorrupt)
 
 
@@ -548,11 +625,12 @@ def test_k9_a_host_set_up_late_knows_only_the_present_keys() -> None:
     """It starts at the key set that names exactly them, and follows from there what they sign."""
     records, trusts = chain(((ANNA, BOB), ANNA), ((BOB,), ANNA))
     late = trusting(BOB)
-    assert follow(late, records, folder="app") == (late, None)
+    assert follow(late, records, folder="app") == (late, None, ())
     start = start_at(late, 2, records[2][0], "app")
     assert start == replace(trusts[2], anchor=late.anchor)
     longer, after = chain(((ANNA, BOB), ANNA), ((BOB,), ANNA), ((BOB, CARL), BOB))
-    assert follow(late, longer, folder="app") == (replace(after[3], anchor=late.anchor), None)
+    last = replace(after[3], anchor=late.anchor)
+    assert follow(late, longer, folder="app") == (last, None, (Step(last, AT),))  # what was before it, drops nothing
     # what names other keys, another threshold, folder or version, or is nothing, is no start
     assert start_at(trusting(ANNA), 2, records[2][0], "app") is None
     assert start_at(trusting(ANNA, BOB, threshold=2), 1, records[1][0], "app") is None
@@ -560,7 +638,7 @@ def test_k9_a_host_set_up_late_knows_only_the_present_keys() -> None:
     assert start_at(late, 1, records[2][0], "app") is None
     assert start_at(late, 1, b"", "app") is None
     # a stranger's folder: no start, and the reason is said
-    reached, problem = follow(trusting(EVE), longer, folder="app")
+    reached, problem, _ = follow(trusting(EVE), longer, folder="app")
     assert (reached, type(problem)) == (trusting(EVE), Untrusted)
 
 
@@ -570,14 +648,14 @@ def test_k9_a_forged_start_is_of_no_use() -> None:
     longer, after = chain(((ANNA, BOB), ANNA), ((BOB,), ANNA), ((BOB, CARL), BOB))
     late = trusting(BOB)
     forged = encode_keys(KeySet("app", 9, (BOB.public,), 1, AT, digest_of(b"anything")))
-    assert follow(late, {9: (forged, "")}, folder="app") == (late, None)
-    assert follow(late, {**longer, 9: (forged, "")}, folder="app") == (replace(after[3], anchor=late.anchor), None)
+    assert follow(late, {9: (forged, "")}, folder="app") == (late, None, ())
+    assert follow(late, {**longer, 9: (forged, "")}, folder="app")[:2] == (replace(after[3], anchor=late.anchor), None)
     # Anna's key was stolen and revoked; the thief builds a side way for hosts that still name it
     records, trusts = chain(((BOB,), ANNA))
     fork = encode_keys(KeySet("app", 5, (ANNA.public,), 1, AT, digest_of(b"anything")))
     evil = encode_keys(KeySet("app", 6, tuple(sorted([ANNA.public, EVE.public])), 1, AT, digest_of(fork)))
     side = {**records, 5: (fork, ""), 6: (evil, signed(Statement.KEYS, evil, ANNA))}
-    assert follow(trusting(ANNA), side, folder="app") == (trusts[1], None)
+    assert follow(trusting(ANNA), side, folder="app")[:2] == (trusts[1], None)
 
 
 @pytest.mark.fault("K11")
@@ -591,8 +669,8 @@ def test_k11_what_was_remembered_goes_before_the_configuration() -> None:
     assert trust == trusts[2]
     refused(trust, Seen(), an_offer(1, ONE, ANNA), "0 good signatures")
     # the bucket shows only older key sets, or none
-    assert follow(trust, {1: records[1]}, folder="app") == (trust, None)
-    assert follow(trust, {}, folder="app") == (trust, None)
+    assert follow(trust, {1: records[1]}, folder="app") == (trust, None, ())
+    assert follow(trust, {}, folder="app") == (trust, None, ())
 
 
 @pytest.mark.fault("K11")
@@ -623,7 +701,18 @@ def test_k11_a_changed_configuration_is_a_persons_word() -> None:
 
 
 TRUST_TEXT = replace(trusting(ANNA, BOB), version=3, digest=digest_of(b"x")).to_json()
-SEEN_TEXT = Seen(7, digest_of(b"m"), 2, digest_of(b"r"), (ANNA.public,), (BOB.public,)).to_json()
+SEEN_TEXT = Seen(
+    7, digest_of(b"m"), 2, digest_of(b"r"), {ANNA.public: 6}, (BOB.public,), "2026-11-22T00:00:00Z", AT
+).to_json()
+OLD_SEEN = {
+    "count": 7,
+    "move": digest_of(b"m"),
+    "highest": 2,
+    "record": digest_of(b"r"),
+    "moved_by": [ANNA.public],
+    "signed_by": [BOB.public],
+}
+"""As versions before wrote it."""
 DAMAGED: dict[str, tuple[Any, str]] = {
     "trust: nothing": (Trust, ""),
     "trust: cut off": (Trust, TRUST_TEXT[:-1]),
@@ -653,6 +742,17 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "seen: a number without its record": (Seen, SEEN_TEXT.replace(digest_of(b"r"), "")),
     "seen: a record without its number": (Seen, SEEN_TEXT.replace('"highest": 2', '"highest": 0')),
     "seen: who signed is no list": (Seen, json.dumps({**json.loads(SEEN_TEXT), "signed_by": ANNA.public})),
+    "seen: who moved is a list": (Seen, json.dumps({**json.loads(SEEN_TEXT), "moved": [ANNA.public]})),
+    "seen: a key's count is a text": (Seen, json.dumps({**json.loads(SEEN_TEXT), "moved": {ANNA.public: "6"}})),
+    "seen: a key's count is 0": (Seen, json.dumps({**json.loads(SEEN_TEXT), "moved": {ANNA.public: 0}})),
+    "seen: a key's count above all": (Seen, json.dumps({**json.loads(SEEN_TEXT), "moved": {ANNA.public: 8}})),
+    "seen: nobody vouches, and it is not doubted": (Seen, json.dumps({**json.loads(SEEN_TEXT), "doubted": ""})),
+    "seen: doubted, and vouched for": (Seen, json.dumps({**json.loads(SEEN_TEXT), "moved": {ANNA.public: 7}})),
+    "seen: an end that is no time": (Seen, json.dumps({**json.loads(SEEN_TEXT), "expires": "tomorrow"})),
+    "seen: doubted since no time": (Seen, json.dumps({**json.loads(SEEN_TEXT), "doubted": "1"})),
+    "seen, of before: a field more": (Seen, json.dumps({**OLD_SEEN, "moved": {}})),
+    "seen, of before: a field less": (Seen, json.dumps({k: v for k, v in OLD_SEEN.items() if k != "moved_by"})),
+    "seen, of before: who moved is no list": (Seen, json.dumps({**OLD_SEEN, "moved_by": 1})),
 }
 
 
@@ -667,7 +767,20 @@ def test_k11_damaged_memory_is_an_error_and_no_new_beginning(kind: Any, text: st
 def test_the_damaged_notes_are_damaged_for_one_reason_only() -> None:
     """What they are made of is read."""
     assert Trust.from_json(TRUST_TEXT).version == 3
-    assert Seen.from_json(SEEN_TEXT).count == 7
+    seen = Seen.from_json(SEEN_TEXT)
+    assert (seen.count, seen.moved, seen.doubted) == (7, {ANNA.public: 6}, AT)
+    assert Seen.from_json(json.dumps(OLD_SEEN)).count == 7
+
+
+@pytest.mark.fault("K2", "K11")
+def test_k11_what_a_version_before_remembered_is_vouched_for_by_all_it_trusted() -> None:
+    """Nobody knows which of them had: so nothing leads back when one of them goes."""
+    keys = sorted([ANNA.public, BOB.public])
+    seen = Seen.from_json(json.dumps(OLD_SEEN), keys)
+    assert seen == Seen(7, digest_of(b"m"), 2, digest_of(b"r"), dict.fromkeys(keys, 7), tuple(keys))
+    assert recover(seen, trusting(BOB), EVER).floor == 7
+    nothing = {**OLD_SEEN, "count": 0, "move": "", "highest": 0, "record": "", "moved_by": [], "signed_by": []}
+    assert Seen.from_json(json.dumps(nothing), keys) == Seen()
 
 
 def test_judging_by_parts_says_the_same() -> None:
