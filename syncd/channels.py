@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
-from syncd.errors import ObjectCorrupt, ObjectGone, SyncdError, UsageError, WriteConflict
+from syncd.errors import FormatTooNew, ObjectCorrupt, ObjectGone, SyncdError, UsageError, WriteConflict
 from syncd.moves import MAX_NEXT_COUNT, move_metadata, read_move, time_text
 from syncd.nodes import digest_of
 from syncd.paths import object_name, printable
@@ -78,6 +78,25 @@ def next_count(info: ObjectInfo | None, *, folder: str, channel: str) -> int:
     return move.count + 1
 
 
+def chosen_count(info: ObjectInfo | None, wished: int, *, folder: str, channel: str) -> int:
+    """Return the count of a channel's next move: what a person chose, 0 for the next one.
+
+    :raises UsageError: subscribers would take it for an old one.
+    :raises ObjectCorrupt, FormatTooNew: see :func:`next_count`.
+    """
+    if not wished:
+        return next_count(info, folder=folder, channel=channel)
+    try:
+        least = next_count(info, folder=folder, channel=channel)
+    except (ObjectCorrupt, FormatTooNew):
+        return wished  # what is there says nothing: that is what the person knows better
+    if wished < least:
+        raise UsageError(
+            f"the present move of channel {channel!r} is counted {least - 1}", hint=f"choose {least} or more, or none"
+        )
+    return wished
+
+
 def term_of(info: ObjectInfo | None) -> float:
     """Return for how many seconds a channel's present move is good; 0: without an end, or nothing readable is said."""
     move = read_move(info.metadata.get(MOVE, "")) if info is not None else None
@@ -120,6 +139,7 @@ class Moved:
     :ivar digest: BLAKE3 of the move's own record.
     :ivar signed_by: the key that signed the move; "" for none.
     :ivar signatures: good signatures that the generation has, by whomever.
+    :ivar signed_before: the move before it had a good signature, by whomever.
     """
 
     channel: str
@@ -135,6 +155,7 @@ class Moved:
     digest: str
     signed_by: str
     signatures: int
+    signed_before: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +382,7 @@ class Channels:
 
     async def _move(self, channel: str, place: _Place, wish: _Wish) -> Moved:
         folder = self._bucket.name
-        count = wish.count or next_count(place.info, folder=folder, channel=channel)
+        count = chosen_count(place.info, wish.count, folder=folder, channel=channel)
         record = await read_record(self._bucket, wish.number)
         if record is None:
             raise no_generation(folder, wish.number)
@@ -404,6 +425,7 @@ class Channels:
             digest=digest_of(metadata[MOVE].encode()),
             signed_by=wish.signer.public if wish.signer is not None else "",
             signatures=len(record.signers),
+            signed_before=bool(_move_signers(place.info)),
         )
 
     async def _still_there(self, channel: str, number: int) -> None:
@@ -464,6 +486,12 @@ class Channels:
             f"meanwhile, at {move.at}{why}",
             hint=hint,
         )
+
+
+def _move_signers(info: ObjectInfo | None) -> tuple[str, ...]:
+    text = info.metadata.get(MOVE, "") if info is not None and not info.deleted else ""
+    data = text.encode("utf-8", "surrogatepass")
+    return good_signers(Statement.MOVE, data, info.metadata.get(SIGNATURES, "")) if info is not None and text else ()
 
 
 def _target(bucket: Bucket, info: ObjectInfo | None) -> int:

@@ -144,6 +144,16 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 _why_option = click.option("--why", default="", metavar="TEXT", help="A line of text: the reason, for people.")
 
 
+class _Days(click.FloatRange):
+    """Days; a number that is none is in no range, and passes every comparison."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        days = super().convert(value, param, ctx)
+        if days != days:  # noqa: PLR0124 - NaN
+            self.fail(f"{value!r} is no number of days", param, ctx)
+        return days
+
+
 def trust_options(command: Command) -> Command:
     """Give a command what names the keys that subscribers start from."""
     options = (
@@ -166,7 +176,7 @@ def _move_options(command: Command) -> Command:
         _seed_option,
         click.option(
             "--valid-days",
-            type=click.FloatRange(min=0, max=MAX_TERM / DAY),
+            type=_Days(min=0, max=MAX_TERM / DAY),
             metavar="DAYS",
             help="After so long without a newer move, subscribers raise an alarm; 0: never. Unless given: as before.",
         ),
@@ -281,6 +291,12 @@ def _show_moved(folder: str, moved: Moved, *, as_json: bool) -> None:
     click.echo(
         f"{folder}: channel {moved.channel}: {before}generation {moved.number} (move {moved.count}{signed}{until})"
     )
+    if moved.signed_before and not moved.signed_by:
+        click.echo(
+            f"  this move is not signed, and the one before was: subscribers with trusted_keys refuse it "
+            f"(syncd sign {folder} --channel {moved.channel} --first --seed-file FILE)",
+            err=True,
+        )
     if moved.signed_by and not moved.signatures:
         click.echo(
             f"  generation {moved.number} itself is not signed: subscribers with trusted_keys refuse it "

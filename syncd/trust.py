@@ -800,4 +800,7 @@ def judge_generation(seen: Seen, number: int, record: str) -> None:
         raise Untrusted(f"there are two generations {number}: two histories", hint=_BEHIND)
 
 
-_BEHIND: Final = "find out who put it there; a new signed promote or rollback leads on from here"
+_BEHIND: Final = (
+    "find out who put it there; a new signed promote or rollback leads on from here, where the bucket's count is lower"
+    " than what hosts saw with --count N"
+)

@@ -178,6 +178,8 @@ def test_what_others_wrote_is_shown_without_harm(shell: Shell) -> None:
         (("promote", "app", "1"), EXIT_USAGE, "Missing option '--channel'"),
         (("promote", "app", "1", "--channel", "s", "--why", "a\nb"), EXIT_USAGE, "control characters"),
         (("promote", "app", "1", "--channel", "s", "--valid-days", "-1"), EXIT_USAGE, "valid-days"),
+        (("promote", "app", "1", "--channel", "s", "--valid-days", "nan"), EXIT_USAGE, "no number of days"),
+        (("promote", "app", "1", "--channel", "s", "--valid-days", "inf"), EXIT_USAGE, "valid-days"),
         (("promote", "plain", "1", "--channel", "s"), EXIT_USAGE, "objects layout"),
         (("promote", "none", "1", "--channel", "s"), 69, "does not exist"),
         (("promote", "app", "1", "--channel", "s", "--seed-file", "/nonexistent"), EXIT_CONFIG, "cannot be read"),
@@ -198,6 +200,38 @@ def test_what_cannot_be_done_ends_in_one_line(shell: Shell, arguments: tuple[str
     found, out, err = shell.run(*arguments)
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert said in err
+
+
+@pytest.mark.fault("K3")
+def test_a_count_that_hosts_would_take_for_an_old_one_is_refused(shell: Shell) -> None:
+    """Unless what the bucket says of the one before is of no use."""
+    for generation in ("1", "2"):
+        shell.fine("promote", "app", generation, "--channel", "stable")
+    for count in ("1", "2"):
+        code, _, err = shell.run("promote", "app", "3", "--channel", "stable", "--count", count)
+        assert (code, "is counted 2 (choose 3 or more, or none)" in err) == (EXIT_USAGE, True)
+    assert "(move 9)" in shell.fine("promote", "app", "3", "--channel", "stable", "--count", "9")
+
+    async def damage() -> None:
+        link = Link("app", generation_name(3))
+        await shell.store.bucket("app").put_link(CHANNELS + "stable", link, metadata={MOVE: "{"})
+
+    asyncio.run(damage())
+    assert "(move 4)" in shell.fine("rollback", "app", "--to", "1", "--channel", "stable", "--count", "4")
+
+
+def test_an_unsigned_move_after_a_signed_one_is_told(shell: Shell) -> None:
+    """Whoever forgets the seed learns it before the hosts do."""
+    seed, _ = shell.seed("ann.seed")
+    told = "this move is not signed, and the one before was"
+    for arguments, warns in [
+        (("promote", "app", "1", "--channel", "stable"), False),
+        (("promote", "app", "2", "--channel", "stable", "--seed-file", seed), False),
+        (("rollback", "app", "--channel", "stable"), True),
+        (("promote", "app", "3", "--channel", "stable"), False),
+    ]:
+        code, _, err = shell.run(*arguments)
+        assert (code, told in err) == (EXIT_OK, warns)
 
 
 @pytest.mark.fault("R7 R9")
@@ -469,7 +503,7 @@ def test_what_nobody_trusted_signed_is_not_made_good(shell: Shell, holders: Hold
     move = ("--channel", "stable", "--expect", shell.move("stable"))
     assert "generation 3 has no" in shell.refused(*move, *holders.trust, "--seed-file", holders.bob)
     for options in ((), ("--seed-file", holders.thief)):
-        shell.fine("promote", "app", "2", "--channel", "stable", *options)
+        shell.run("promote", "app", "2", "--channel", "stable", *options)
         move = ("--channel", "stable", "--expect", shell.move("stable"))
         assert "channel stable has no" in shell.refused(*move, *holders.trust, "--seed-file", holders.bob)
     assert "not known which keys are trusted" in shell.refused(*move, "--seed-file", holders.bob)
@@ -490,7 +524,7 @@ def test_keys_are_replaced_step_by_step_and_nothing_forged_gets_in(shell: Shell)
     shell.fine("keys", "app", "--trust", olds, "--add", news, "--seed-file", old)
     pin = ("--channel", "head", "--expect", shell.move("head"))
     honest = asyncio.run(link_of(shell.bucket(), "head"))
-    shell.fine("rollback", "app", "--to", "1")
+    shell.run("rollback", "app", "--to", "1")
     evil = ("--channel", "head", "--expect", shell.move("head"), "--trust", olds)
     assert "generation 1 has no good signature" in shell.refused(*evil, "--seed-file", new)
     assert honest.link is not None
