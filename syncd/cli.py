@@ -41,7 +41,6 @@ from syncd.paths import printable
 from syncd.render import SHOWN_PROBLEMS
 from syncd.settings import Settings, load
 from syncd.statedir import StateDir
-from syncd.status import FolderState
 from syncd.store.base import HEAD
 
 if TYPE_CHECKING:
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     from syncd.model import Problem
     from syncd.nodes import Child
     from syncd.outlet import PushResult
-    from syncd.status import FolderStatus
     from syncd.store.base import Bucket, ObjectInfo
     from syncd.treediff import Change
 
@@ -548,7 +546,7 @@ def pin(settings: Settings, folder: str, generation: int | None, *, clear: bool)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @_settings()
 def status(settings: Settings, watch: bool, as_json: bool) -> int:  # noqa: FBT001
-    """Show this host's folders. Exit code 1 when the daemon is down or a folder has failed or is held."""
+    """Show this host's folders. Exit code 1: the daemon is down, or somebody has to look at a folder."""
     state = StateDir(settings.daemon.state_dir)
     while True:
         daemon, folders = state.read_status()
@@ -558,7 +556,7 @@ def status(settings: Settings, watch: bool, as_json: bool) -> int:  # noqa: FBT0
         else:
             render.show_status(folders, running=running, clear=watch)
         if not watch:
-            return EXIT_OK if running and all(_healthy(one) for one in folders) else EXIT_FAILED
+            return EXIT_OK if running and all(one.is_healthy for one in folders) else EXIT_FAILED
         time.sleep(1)
 
 
@@ -577,10 +575,6 @@ for _command in COMMANDS:
 
 
 # -- rendering -----------------------------------------------------------------------------------------------------
-
-
-def _healthy(folder: FolderStatus) -> bool:
-    return folder.state not in {FolderState.FAILED, FolderState.HALTED, FolderState.STOPPED}
 
 
 def _show_problems(problems: list[Problem]) -> None:

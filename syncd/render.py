@@ -38,7 +38,19 @@ def show_status(folders: list[FolderStatus], *, running: bool, clear: bool) -> N
     console = _console()
     if clear:
         console.clear()
-    heads = ["folder", "role", "state", "last sync", "generation", "pending", "entries", "size", "problems", "path"]
+    heads = [
+        "folder",
+        "role",
+        "state",
+        "last sync",
+        "generation",
+        "follows",
+        "pending",
+        "entries",
+        "size",
+        "problems",
+        "path",
+    ]
     rows = [
         [
             one.folder,
@@ -46,6 +58,7 @@ def show_status(folders: list[FolderStatus], *, running: bool, clear: bool) -> N
             one.state.value if running else "stopped",
             ago(one.last_sync),
             str(one.generation or "-"),
+            f"pin {one.pinned}" if one.pinned else one.channel or "-",
             str(one.pending),
             str(one.entries),
             size(one.bytes),

@@ -15,6 +15,8 @@ from syncd.model import Problem
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+ALARMS = frozenset({"stale", "channel_behind", "not_gone_back"})
+"""Codes of problems that somebody has to look at, although the mirror is as it must be."""
 KEPT_PROBLEMS = 100
 """Problems kept with their text; the rest is only counted."""
 
@@ -53,6 +55,8 @@ class FolderStatus:
     :ivar bytes: sum of the content sizes of the folder's files.
     :ivar generation: number of the generation that the folder has, 0 where there is none (objects layout).
     :ivar root: that generation's tree digest.
+    :ivar channel: what a mirror follows; "" for publishers.
+    :ivar pinned: the generation that it stays at instead, 0 for none.
     :ivar exact: nothing of it is left out by the mirror's rules, held back as drift, or in trouble.
     """
 
@@ -67,12 +71,20 @@ class FolderStatus:
     bytes: int = 0
     generation: int = 0
     root: str = ""
+    channel: str = ""
+    pinned: int = 0
     exact: bool = False
     watching: str = ""
     error: str = ""
     hint: str = ""
     problem_count: int = 0
     problems: tuple[Problem, ...] = field(default=())
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nobody has to look at it: not failed, held or stopped, and no problem that is an alarm."""
+        lasting = {FolderState.FAILED, FolderState.HALTED, FolderState.STOPPED}
+        return self.state not in lasting and not any(problem.code in ALARMS for problem in self.problems)
 
     @property
     def key(self) -> str:

@@ -420,6 +420,7 @@ class Subscriber:
             await asyncio.to_thread(self._allowance.clear)  # one word, one more try
             allowed, full = False, True
         self._checkout.explicit = self._pin() or self._options.pin
+        self._status.set(channel=self._options.channel, pinned=self._checkout.explicit)
         self._holding = False
         try:
             return await self._round(full=full, allow_delete=allowed)
