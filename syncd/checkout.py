@@ -28,9 +28,9 @@ from syncd.index.checkout import CheckoutTables, Walked, place_text
 from syncd.mirror import PART_NAME
 from syncd.model import Entry, Kind, Problem
 from syncd.moves import time_text
-from syncd.nodes import Location, NodeRef
+from syncd.nodes import Location, NodeRef, digest_of
 from syncd.paths import MAX_PATH_BYTES, check_path, printable
-from syncd.problems import ProblemBook
+from syncd.problems import ProblemBook as PathBook
 from syncd.store.base import CHANNELS, HEAD
 from syncd.trees import TreeReader
 
@@ -195,11 +195,11 @@ class _NodeCache:
         self._thread.call(lambda: self._tables.put_cached(blobs))
 
 
-class _Problems(ProblemBook):
+class ProblemBook(PathBook):
     """Of the whole generation there may be several problems at once, one of each code."""
 
     def note(self, problem: Problem) -> None:
-        """See :class:`ProblemBook`."""
+        """See :class:`syncd.problems.ProblemBook`."""
         key = f"{problem.path}\0{problem.code}"
         if self._now.get(key, self._before.get(key)) != problem:
             self._log.warning(self._event, path=problem.path, code=problem.code, text=problem.text)
@@ -270,7 +270,7 @@ class Checkout:
         self._learned = ""
         self._target = _target(index.note(TARGET))
         self._behind_since = _seconds(index.note(BEHIND))
-        self.problems = _Problems(self._log, "generation_refused")
+        self.problems = ProblemBook(self._log, "generation_refused")
         self.explicit = 0
         self.held: SyncdError | None = None
         self.kept: Kept | None = None
@@ -559,7 +559,10 @@ class Checkout:
             return True
         try:
             fields = json.loads(commit)
-            await self._guard.judge_kept(fields["record"].encode(), fields["signatures"])
+            record = fields["record"].encode()
+            if digest_of(record) != self._standing.at[1]:
+                return False
+            await self._guard.judge_kept(record, fields["signatures"])
         except (ValueError, TypeError, KeyError, AttributeError, Untrusted):
             return False
         return True

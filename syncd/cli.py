@@ -243,11 +243,11 @@ def pull(
     allow_delete: bool,
     generation: int | None,
     trust: tuple[str, ...],
-    trust_threshold: int,
+    trust_threshold: int | None,
     as_json: bool,
 ) -> int:
     """Bring DIRECTORY up to FOLDER once. Exit code 1 when some paths could not be mirrored."""
-    named = oneshot.trusted(settings, folder, trust, trust_threshold) if trust else None
+    named = oneshot.trusted(settings, folder, trust, trust_threshold) if trust or trust_threshold else None
     notices: list[str] = []
     with render.progress("pull", quiet=as_json) as step:
         work = oneshot.pull(
@@ -579,7 +579,8 @@ for _command in COMMANDS:
 
 def _show_problems(problems: list[Problem]) -> None:
     for problem in problems[:SHOWN_PROBLEMS]:
-        click.echo(f"  {printable(problem.path)}: {problem.code}: {printable(problem.text)}", err=True)
+        where = f"{printable(problem.path)}: " if problem.path else ""
+        click.echo(f"  {where}{problem.code}: {printable(problem.text)}", err=True)
     if len(problems) > SHOWN_PROBLEMS:
         click.echo(f"  and {len(problems) - SHOWN_PROBLEMS} more (--json has all)", err=True)
 

@@ -161,7 +161,7 @@ def trust_options(command: Command) -> Command:
             "--trust", multiple=True, metavar="KEY", help="A key of subscribers' trusted_keys, if not configured here."
         ),
         click.option(
-            "--trust-threshold", type=click.IntRange(min=1), default=1, metavar="N", help="And their threshold."
+            "--trust-threshold", type=click.IntRange(min=1), metavar="N", help="And their threshold; 1 unless named."
         ),
     )
     for option in reversed(options):
@@ -379,7 +379,7 @@ def keys(
     remove: tuple[str, ...],
     threshold: int | None,
     trust: tuple[str, ...],
-    trust_threshold: int,
+    trust_threshold: int | None,
     seed_files: tuple[Path, ...],
     instead: bool,
     why: str,
@@ -458,7 +458,7 @@ def sign(
     expect: str | None,
     first: bool,
     trust: tuple[str, ...],
-    trust_threshold: int,
+    trust_threshold: int | None,
     seed_file: Path | None,
     as_json: bool,
 ) -> int:

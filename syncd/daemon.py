@@ -247,12 +247,15 @@ class _Daemon:
         """Run one folder for ever; its failures are its own."""
         bound = log.bind(folder=options.folder, role=status.now.role)
         waits = backoff(0.5, 60.0)
+        told = ""
         while True:
             started = time.monotonic()
             try:
                 await self._service(options, status)
             except SyncdError as error:
-                bound.error("folder_failed", error=error.message, hint=error.hint)
+                if error.message != told:
+                    bound.error("folder_failed", error=error.message, hint=error.hint)
+                told = error.message
                 status.set(state=FolderState.FAILED, error=error.message, hint=error.hint)
                 if isinstance(error, FolderTaken):
                     return
@@ -260,7 +263,7 @@ class _Daemon:
                 bound.exception("folder_crashed")
                 status.set(state=FolderState.FAILED, error=f"internal error: {error!r}", hint="see the log")
             if time.monotonic() - started > 60:  # noqa: PLR2004 - it ran well for a minute
-                waits = backoff(0.5, 60.0)
+                waits, told = backoff(0.5, 60.0), ""
             await asyncio.sleep(next(waits))
 
     async def _service(self, options: PublishOptions | SubscribeOptions, status: StatusKeeper) -> None:

@@ -12,6 +12,7 @@ Rules kept here (docs/security.md):
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from contextlib import suppress
@@ -59,6 +60,8 @@ MAX_KEY_SETS: Final = 1000
 """Key sets that are read in one round: who may write to the bucket could put any number there."""
 MAX_TRIED_AGAIN: Final = 16
 """Key sets that cannot be read and are tried again in one round."""
+ASK_SECONDS: Final = 5.0
+"""How long a return to what is kept here waits for a server that may be away."""
 KEY_DIGITS: Final = 10
 COPY: Final = "trust"
 """The index's note that says what the file says."""
@@ -277,12 +280,18 @@ class Guard:
             judge_generation(seen, commit.generation.number, commit.digest)
 
     async def judge_kept(self, record: bytes, signatures: str) -> None:
-        """Refuse a generation that is kept here, by what this host trusts as far as it knows: the bucket is not asked.
+        """Refuse a generation that is kept here, by what this host trusts as far as it knows.
+
+        The server may be away, and going back does not wait for it. Where this round has not followed key sets yet (a
+        start that finds hooks due), it is asked for a moment: a key may have been removed while the host was down.
 
         :raises Untrusted: not enough trusted keys have signed it.
         """
         if self._configured is None:
             return
+        with suppress(SyncdError, TimeoutError):
+            async with asyncio.timeout(ASK_SECONDS):
+                await self.follow()
         trust = self._trust
         if trust is None:
             stored, _ = await self._thread.run(self._note.load)

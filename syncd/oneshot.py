@@ -96,7 +96,7 @@ def _same(one: Path, other: Path) -> bool:
     return False
 
 
-def trusted(settings: Settings, folder: str, keys: Collection[str] = (), threshold: int = 1) -> Trust | None:
+def trusted(settings: Settings, folder: str, keys: Collection[str] = (), threshold: int | None = None) -> Trust | None:
     """Return the keys that a folder's subscribers start from: those that a person names, else the configuration's.
 
     ``None`` where nobody says.
@@ -108,8 +108,10 @@ def trusted(settings: Settings, folder: str, keys: Collection[str] = (), thresho
         for item in settings.subscribe
         if item.folder == folder and item.trusted_keys
     }
+    if threshold is not None and not keys:
+        raise UsageError("--trust-threshold says nothing without --trust KEY", hint="name the keys, too")
     if keys:
-        named = {(frozenset(keys), threshold)}
+        named = {(frozenset(keys), threshold or 1)}
     if not named:
         return None
     if len(named) > 1:

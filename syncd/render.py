@@ -79,7 +79,8 @@ def _show_folder_problems(console: Console, one: FolderStatus) -> None:
         hint = f" ({one.hint})" if one.hint else ""
         console.print(f"{escape(one.folder)} ({one.role}): {escape(printable(one.error + hint))}", soft_wrap=True)
     for problem in one.problems[:SHOWN_PROBLEMS]:
-        text = f"{printable(problem.path)}: {problem.code}: {printable(problem.text)}"
+        where = f"{printable(problem.path)}: " if problem.path else ""
+        text = f"{where}{problem.code}: {printable(problem.text)}"
         console.print(f"  {escape(one.folder)}: {escape(text)}", soft_wrap=True)
     if (more := one.problem_count - min(len(one.problems), SHOWN_PROBLEMS)) > 0:
         console.print(f"  {escape(one.folder)}: and {more} more problems")

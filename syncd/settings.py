@@ -331,7 +331,7 @@ def parse_owner(text: str) -> tuple[int, int]:
     :raises ValueError: this host knows no such user or group.
     """
     user, _, group = text.partition(":")
-    if not user and not group:
+    if (not user and not group) or ":" in group:
         raise ValueError('must be "user", "user:group" or ":group"')
     uid, gid = -1, -1
     if user:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from structlog.testing import capture_logs
 
+from syncd import rollout
 from syncd.channels import Channels
 from syncd.checkout import BEHIND_SECONDS, Held, NoGeneration
 from syncd.errors import Untrusted
@@ -420,6 +421,35 @@ async def test_k9_a_return_that_was_only_planned_is_dropped_with_the_key(
         with pytest.raises(Crash):
             await host.pull()
     await host.sign_head(2, host.other)
+    await host.drop(host.signer, by=host.other)
+    with pytest.raises(Held, match="not gone back to"):
+        await host.pull()
+    assert host.has() == "clean"
+
+
+@pytest.mark.parametrize("mode", ["mirror", "release"])
+@pytest.mark.fault("K9", "R1", "C3")
+async def test_k9_a_key_that_was_removed_while_the_host_was_down_is_not_gone_back_to(
+    host: Host, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start finds hooks that are due, and what they refuse: it asks who is trusted before it goes anywhere."""
+    host.rollout = failing(mode)
+    await host.push("evil, by the stolen key")
+    await host.pull()
+    host.publish["signer"] = host.other
+    await host.push("clean")
+
+    class Crash(BaseException):
+        pass
+
+    def point(at: str) -> None:
+        if at == "hooks_begun":
+            raise Crash
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rollout, "crash_point", point)
+        with pytest.raises(Crash):
+            await host.pull()
     await host.drop(host.signer, by=host.other)
     with pytest.raises(Held, match="not gone back to"):
         await host.pull()

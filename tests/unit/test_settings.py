@@ -667,6 +667,25 @@ def test_a_pattern_that_does_not_parse_is_refused(tmp_path):
     assert line.startswith("error: fleet.toml:8: publish.0.exclude.1: ")
 
 
+@pytest.mark.fault("U1")
+@pytest.mark.parametrize("program", ["bin/reload", "./reload", "../reload", "{folder}/reload", "{generation}/x"])
+def test_a_hook_that_is_a_relative_path_is_refused(tmp_path, program):
+    """Which program that is would depend on the directory: it is an error, with its line, and forbids a start."""
+    text = roots(("subscribe", "a", "x")) + f'[subscribe.hooks]\napply = ["{program}", "x/y"]\n'
+    [finding] = findings(tmp_path, text)
+    assert finding.startswith(f"error: fleet.toml:8: subscribe.0.hooks.apply: {program} is a relative path")
+    settings = load(write(tmp_path, text), {})
+    error = errors_of(settings, problems_of(settings))
+    assert error is not None
+    assert error.exit_code == 78
+
+
+@pytest.mark.parametrize("program", ["reload", "/usr/bin/reload", "{path}/bin/reload", "{staged}/bin/check"])
+def test_a_hook_is_a_name_an_absolute_path_or_in_a_tree_that_is_named(tmp_path, program):
+    text = roots(("subscribe", "a", "x")) + f'[subscribe.hooks]\ncheck = ["{program}", "x/y"]\n'
+    assert findings(tmp_path, text) == []
+
+
 def test_an_embedded_server_that_nobody_uses_or_everybody_reaches_is_a_warning(tmp_path):
     extra = '[nats.embedded]\nlisten = "0.0.0.0:4333"'
     found = findings(tmp_path, roots(("publish", "a", "src"), extra=extra))
@@ -851,6 +870,7 @@ def test_the_demo_keeps_everything_below_one_directory_and_uses_its_own_server()
         ("nobody-of-this-name", "no user 'nobody-of-this-name' on this host"),
         ("root:nogroup-of-this-name", "no group 'nogroup-of-this-name' on this host"),
         (":", 'must be "user", "user:group" or ":group"'),
+        ("root:root:root", 'must be "user", "user:group" or ":group"'),
         ("4294967295", "an id is at most 4294967294"),
     ],
 )
