@@ -379,7 +379,7 @@ class Checkout:
         if commit is None:
             raise ObjectGone(
                 f"generation {number} of {self._bucket.name!r} does not exist (any more)",
-                hint=f"see: syncd log {self._bucket.name}",
+                hint=f"see: syncd log {self._bucket.name}; a pin is let go with: syncd pin {self._bucket.name} --clear",
             )
         await self._guard.judge_number(commit)
         return commit
