@@ -153,7 +153,7 @@ async def checkout(bucket: Bucket, record: dict[str, Any], base: bytes) -> None:
         node = b"".join([data async for data in bucket.content(*place)])
         for name, kind, mode, mtime, digest, *at in list(children(node, tree, place[1] if place[0] == SLICE else b"")):
             path, target = above + name, base + b"/" + above + name
-            check(path != b".syncd" and len(path) <= 2_800, f"the path {path!r}")
+            check(b".syncd" not in path.lower().split(b"/") and len(path) <= 2_800, f"the path {path!r}")
             if kind == DIRECTORY:
                 os.mkdir(target, 0o700)
                 made.append((target, mode, mtime))

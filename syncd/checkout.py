@@ -29,7 +29,7 @@ from syncd.mirror import PART_NAME
 from syncd.model import Entry, Kind, Problem
 from syncd.moves import time_text
 from syncd.nodes import Location, NodeRef, digest_of
-from syncd.paths import MAX_PATH_BYTES, check_path, printable
+from syncd.paths import MAX_PATH_BYTES, check_path, is_private, printable
 from syncd.problems import ProblemBook as PathBook
 from syncd.store.base import CHANNELS, HEAD
 from syncd.trees import TreeReader
@@ -601,7 +601,7 @@ class Checkout:
         try:
             for name, kind, mode, mtime_ns, size, digest, target, where, blob, offset, length in node.rows():
                 full = prefix + name
-                if not path or len(name) * 4 > room:  # the node has checked the name by itself
+                if not path or is_private(name) or len(name) * 4 > room:  # the node has checked the name by itself
                     check_path(full)
                 if modes is not None:
                     kept = modes.apply(Entry(kind, mode, mtime_ns)).mode

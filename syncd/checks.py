@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from syncd.errors import ConfigError
-from syncd.hooks import PLACEHOLDERS, placeholders
+from syncd.hooks import PLACEHOLDERS, is_relative, placeholders
 from syncd.paths import printable
 from syncd.rules import Rules
 from syncd.settings import failed, split_listen
@@ -194,6 +194,8 @@ class _Checks:
                 loc = ("subscribe", number, "hooks", name)
                 if argv and not argv[0]:
                     self.say(loc, "the program's name is empty")
+                elif argv and is_relative(argv[0]):
+                    self.say(loc, f"{printable(argv[0])} is a relative path: give a name, or an absolute path")
                 for word in sorted(placeholders(argv) - known):
                     self.say(loc, f"{{{word}}} is not known to this hook: there is no staged tree any more")
 

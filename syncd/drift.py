@@ -5,6 +5,8 @@ Rules kept here:
  * the quick check (stat fields) runs over everything, or over the paths that a watch names. It is blind to what the
    disk spoils by itself and to who sets a clock back, so the audit re-reads what the quick check passes, slowly;
  * the audit only finds. What it found is dealt with by the next check, so that the index never changes within a round;
+ * whose a path is counts like its content: what belongs to somebody else, he may change at any moment, and a stat that
+   shows no change would not show that one either;
  * a failure belongs to its path.
 """
 
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import structlog
 
-from syncd.errors import DiskProblem, SyncdError
+from syncd.errors import BadName, DiskProblem, SyncdError
 from syncd.index import LocalRow
 from syncd.model import Entry, Kind, Problem, Stat
 from syncd.paths import is_usable, printable, sort_key
@@ -96,6 +98,8 @@ def told(fields: Evidence) -> str:
         text += f" ({fields['digest']})"
     if "target" in fields:
         text += f" to {fields['target']}"
+    if "uid" in fields:
+        text += f" of uid {fields['uid']}"
     return text
 
 
@@ -162,6 +166,8 @@ class DriftCheck:
         rows: list[LocalRow] = []
         gone: list[str] = []
         for path, expected in _read_note(self._index.note(IN_FLIGHT)):
+            if not is_usable(path):  # an older version could write there
+                continue
             disk = self._mirror.look(path)
             if disk is None and expected is None:
                 gone.append(path)
@@ -214,9 +220,11 @@ class DriftCheck:
             return held is None
         if held is not None and held.text:
             return held.stat != (seen.stat if seen is not None else None)
-        if seen is not None and seen.kind is Kind.DIR and row.entry.kind is Kind.DIR:
+        if seen is None or not self._mirror.is_settled(seen):
+            return True
+        if seen.kind is Kind.DIR and row.entry.kind is Kind.DIR:
             return (seen.mode, seen.stat.ino) != (row.entry.mode, row.stat.ino)
-        return seen is None or not _unchanged(row, seen)
+        return not _unchanged(row, seen)
 
     def _check_some(self, paths: Collection[str]) -> set[str] | None:
         touched: set[str] = set()
@@ -267,7 +275,10 @@ class DriftCheck:
             self.problems.note(Problem(row.path, "unreadable", error.message))
             self.held[row.path] = Held(None, "")
             return False
-        if disk is not None and _unchanged(row, disk):
+        except BadName:  # an older version could keep what this one must not touch
+            self._index.drop_local([row.path])
+            return True
+        if disk is not None and _unchanged(row, disk) and self._is_settled(row.path, disk):
             finding = self._findings.get(row.path) if self._findings else None
             return finding is not None and self._act_on(row, disk, finding, before)
         if before is not None and before.text and before.stat == (disk.stat if disk is not None else None):
@@ -279,22 +290,33 @@ class DriftCheck:
         """Read a path whose stat fields changed, and decide whether that is drift."""
         have = None if disk is None else self._read_back(row.path, disk)
         remote = self._index.remote(row.path)
-        harmless = have is not None and (
-            have.entry.same_content(row.entry) or (remote is not None and have.entry.same_content(remote.entry))
+        foreign = disk is not None and remote is not None and self._mirror.is_foreign(disk)
+        harmless = (
+            have is not None
+            and not foreign
+            and (have.entry.same_content(row.entry) or (remote is not None and have.entry.same_content(remote.entry)))
         )
         if not harmless:
             self.drifted += 1
             expected, found = evidence(row.entry), evidence(have.entry if have is not None else None, disk)
+            if foreign and disk is not None:
+                found["uid"] = disk.uid
             self._log.warning("drift", path=row.path, policy=self._policy, expected=expected, found=found)
             if self._policy != "repair":
                 text = f"{told(expected)} expected, {told(found)} found"
                 self._hold(row.path, Held(disk.stat if disk is not None else None, text))
                 return False
+        if have is not None and disk is not None and not self._is_settled(row.path, disk):
+            have = _to_be_replaced(have)
         if have is None:
             self._index.drop_local([row.path])  # gone, or another kind of thing, which the plan then finds in its way
         else:
             self._index.put_local([have])
         return True
+
+    def _is_settled(self, path: str, disk: Disk) -> bool:
+        """Tell whether a path belongs to whom it must; what the bucket does not announce goes, whosever it is."""
+        return self._mirror.is_settled(disk) or self._index.remote(path) is None
 
     def _hold(self, path: str, held: Held) -> None:
         self.held[path] = held
@@ -410,6 +432,16 @@ def _read_note(text: str) -> list[tuple[str, Entry | None]]:
         return [(path, None if entry is None else Entry(Kind(entry[0]), *entry[1:])) for path, entry in lines]
     except (ValueError, TypeError, IndexError):
         return []
+
+
+def _to_be_replaced(have: LocalRow) -> LocalRow | None:
+    """Describe what has the wrong owner as nothing that anybody could want; ``None``: as nothing at all.
+
+    Its stat stays, so that the plan replaces the very inode that was looked at, under every policy.
+    """
+    if have.entry.kind is Kind.DIR:
+        return None
+    return have._replace(entry=have.entry._replace(digest="", sha256="", target=""))
 
 
 def _unchanged(row: LocalRow, disk: Disk) -> bool:

@@ -1,7 +1,7 @@
 """What a mirror holds although syncd never wrote it, and its removal where the policy says so. Blocking.
 
 Rules kept here:
- * only what the mirror's rules take is anybody's business here; ``.syncd`` never is;
+ * only what the mirror's rules take is anybody's business here; a ``.syncd`` never is;
  * what is removed is what was seen: whatever changed since stays, and so does every directory that holds something;
  * nothing is removed on another filesystem, in another mirror within this one, or below a directory that cannot be
    read; sockets, fifos and devices stay;
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
+from syncd.crashpoints import crash_point
 from syncd.drift import evidence
 from syncd.errors import DiskProblem, SafetyHalt, SyncdError
 from syncd.index import LocalRow
 from syncd.model import Kind, Problem
-from syncd.paths import PRIVATE_DIR, is_usable, parent, printable, sort_key
+from syncd.paths import is_usable, parent, printable, sort_key
 from syncd.plan import MAX_UNEXPLAINED_PERCENT, DirMeta, MirrorPlan, Remove, parents_of
 from syncd.rules import IGNORE_FILE, Rules
 
@@ -110,12 +111,10 @@ class Extraneous:
             raise DiskProblem(f"cannot look at the mirror directory {printable(str(root))}: {exc.strerror}") from exc
 
     def _is_mirror(self, path: str) -> bool:
-        private = f"{path}/{PRIVATE_DIR}"
         try:
-            disk = self._mirror.look(private) if is_usable(private) else None
+            return self._mirror.holds_private(path)
         except DiskProblem:
             return True  # closed to us, so no business of ours
-        return disk is not None and disk.kind is Kind.DIR
 
     @staticmethod
     def _leave(frames: list[_Frame], kept: set[str]) -> Iterator[Stranger]:
@@ -187,6 +186,7 @@ class Extraneous:
             if (remote := self._index.remote(path)) is not None and remote.entry.kind is Kind.DIR
         ]
         outcome = self._mirror.commit(MirrorPlan(remove=steps, dir_meta=tuple(metas)), drift="keep")
+        crash_point("extraneous_removed")
         self.problems += outcome.problems
         found = dict(page)
         self._index.put_local(

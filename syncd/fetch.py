@@ -48,7 +48,7 @@ class Fetcher:
             if local is not None and local.entry.same_content(remote.entry):
                 continue
             fetch = fetches[path] = Fetch(remote)
-            if local is None or not (local.entry.sha256 or remote.entry.digest):
+            if local is None or not (local.entry.sha256 or (local.entry.digest and remote.entry.digest)):
                 fetch.in_place = self._adopt(path, remote.entry)
             if fetch.in_place is None:
                 fetch.staged = self._copy_from_mirror(remote.entry)
@@ -60,7 +60,7 @@ class Fetcher:
         """Recognise by digest a file that is there already (lost state, another layout, copied there by hand)."""
         try:
             disk = self._mirror.look(path)
-        except DiskProblem:
+        except SyncdError:
             return None  # the commit finds the same and reports it
         if disk is None or disk.kind is not Kind.FILE or disk.stat.size != want.size:
             return None

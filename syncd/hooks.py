@@ -2,6 +2,8 @@
 
 Rules kept here (docs/hooks.md tells the operator):
  * no shell, ever: placeholders are replaced inside the items of an argv list, and what replaces them is not looked at;
+ * what runs is what the operator names: a bare name is looked for in absolute directories, a relative path is refused,
+   and no hook begins in the mirror, whose content is the publisher's;
  * whatever a hook does, it has an outcome: what cannot be started, hangs, is killed or prints a gigabyte is one, too;
  * no process of a hook outlives its timeout, our being cancelled, or our death: ``hookguard.py`` sees to that;
  * of our own environment a hook gets what is named here and nothing else: ``SYNCD_*`` may hold passwords;
@@ -67,6 +69,8 @@ NOT_STARTED = "could not be started"
 """How a reason begins where this host had no room for a process: that is no verdict on anything."""
 LOGGED_CHARACTERS = 200
 
+ROOT = Path("/")
+"""Where hooks begin: a directory that no publisher writes into."""
 _GUARD = Path(__file__).with_name("hookguard.py")
 _REPORT_BYTES = 4096
 _READ_BYTES = 256 * 1024
@@ -122,10 +126,15 @@ def placeholders(argv: Sequence[str]) -> frozenset[str]:
     return frozenset(name for item in argv for name in _PLACEHOLDER.findall(item))
 
 
+def is_relative(program: str) -> bool:
+    """Tell whether a program is a path that depends on the directory it is looked at from."""
+    return "/" in program and not program.startswith(("/", "{staged}", "{path}"))
+
+
 def child_environment(name: HookName, environ: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
     """Return a hook's whole environment: what is told to it, and of our own only what no secret is in.
 
-    A PATH with an empty or relative directory would look for programs in the mirror, whose content is the publisher's.
+    A PATH with an empty or relative directory would look for programs in the working directory.
     """
     kept = {key: text for key, text in own.items() if key in _PASSED_ON or key.startswith("LC_")}
     path = [directory for directory in own.get("PATH", "").split(os.pathsep) if directory.startswith("/")]
@@ -185,7 +194,9 @@ def write_changed_file(dir_fd: int, name: str, lines: Iterable[tuple[ChangeLette
 # --- running one ---
 
 
-async def run_hook(hook: Hook, *, values: Mapping[str, str], environ: Mapping[str, str], cwd: Path) -> HookOutcome:
+async def run_hook(
+    hook: Hook, *, values: Mapping[str, str], environ: Mapping[str, str], cwd: Path = ROOT
+) -> HookOutcome:
     """Run a hook to its end, or to the end of its time; raises nothing but the caller's own cancellation.
 
     When that comes, everything that the hook started is ended before it goes on.
@@ -207,7 +218,7 @@ async def run_health(
     deadline: float,
     values: Mapping[str, str],
     environ: Mapping[str, str],
-    cwd: Path,
+    cwd: Path = ROOT,
 ) -> HookOutcome:
     """Run a hook again and again, until it is good, ``tries`` are used up, or ``deadline`` seconds are over.
 
@@ -263,6 +274,9 @@ async def _attempt(hook: Hook, values: Mapping[str, str], environ: Mapping[str, 
     clock = asyncio.get_running_loop().time
     begun = clock()
     argv = fill(hook.argv, values)
+    if is_relative(argv[0]):
+        reason = f"{printable(argv[0])} is a relative path: which program that is would depend on the directory"
+        return HookOutcome(hook.name, ok=False, code=None, timed_out=False, output="", seconds=0.0, reason=reason)
     try:
         run = _Run(argv, child_environment(hook.name, environ, os.environ), cwd)
     except (OSError, ValueError) as exc:  # no descriptors, no memory, a NUL byte

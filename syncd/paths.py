@@ -3,7 +3,8 @@
 Rules kept here:
  * a path is relative, POSIX, UTF-8, without empty, ``.`` or ``..`` components or NUL; a backslash is an ordinary
    character (systemd's escaped unit names have them), never a separator;
- * the top-level name ``.syncd`` is ours on every host and is never distributed in either direction;
+ * the name ``.syncd`` is ours on every host, wherever it stands in a path (a mirror may lie within another one) and
+   however it is spelled where a filesystem makes no difference; it is never distributed in either direction;
  * a name that would not fit the server's control line is refused before it reaches the connection, because
    nats-server closes such a connection for good (nats-py 2.16, nats-server 2.15).
 """
@@ -11,6 +12,7 @@ Rules kept here:
 from __future__ import annotations
 
 import base64
+import re
 import unicodedata
 
 from syncd.errors import BadName
@@ -19,6 +21,12 @@ PRIVATE_DIR = ".syncd"
 MAX_COMPONENT_BYTES = 255
 MAX_PATH_BYTES = 2800
 """base64 makes 3736 bytes of it; with subject prefix and reply inbox that stays below the control line of 4096."""
+
+_INVISIBLE = "[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]*"
+"""Format characters, which a filesystem without case does not see either."""
+_PRIVATE = re.compile(
+    rf"(?:\A|/){_INVISIBLE}{''.join(re.escape(char) + _INVISIBLE for char in PRIVATE_DIR)}(?:/|\Z)", re.IGNORECASE
+)
 
 
 def check_path(name: str) -> str:
@@ -46,7 +54,7 @@ def check_path(name: str) -> str:
             raise BadName(f"name has a {part!r} component")
         if len(part.encode()) > MAX_COMPONENT_BYTES:
             raise BadName(f"a component is longer than {MAX_COMPONENT_BYTES} bytes")
-    if parts[0] == PRIVATE_DIR:
+    if is_private(name):
         raise BadName(f"{PRIVATE_DIR!r} is reserved for syncd's own files")
     return name
 
@@ -61,8 +69,11 @@ def is_usable(name: str) -> bool:
 
 
 def is_private(name: str) -> bool:
-    """Tell whether a relative path is one of syncd's own files."""
-    return name == PRIVATE_DIR or name.startswith(PRIVATE_DIR + "/")
+    """Tell whether a relative path is one of syncd's own files, of this tree or of another one within it."""
+    if name.isascii():  # asked of every path: as cheap as can be
+        folded = name.lower()
+        return PRIVATE_DIR in folded and PRIVATE_DIR in folded.split("/")
+    return _PRIVATE.search(name) is not None
 
 
 def parent(name: str) -> str:

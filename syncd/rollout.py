@@ -450,10 +450,9 @@ class Rollout:
                 deadline=options.health_seconds,
                 values=values,
                 environ=environ,
-                cwd=self._mirror.root,
             )
         else:
-            outcome = await run_hook(hook, values=values, environ=environ, cwd=self._mirror.root)
+            outcome = await run_hook(hook, values=values, environ=environ)
         if outcome.code is None and not outcome.timed_out and outcome.reason.startswith(NOT_STARTED):
             raise DiskProblem(f"{name} hook: {outcome.reason}", hint="no verdict on the generation: it is run again")
         return outcome

@@ -6,6 +6,9 @@ Rules kept here:
    drift, and the policy decides ("repair": ours wins, "report": theirs stays and is a problem, "keep": theirs stays);
  * a path that exists and is overwritten by a file or symlink is never missing: one rename;
  * nothing that is not a regular file or a directory is ever opened, and no symlink is followed;
+ * a file gets its mode or owner in place only where nobody else can have it open for writing, else a verified copy
+   takes its place; a directory of somebody else is taken over before anything is put into it
+   (:mod:`syncd.mirror.owner`);
  * one path's failure is that path's problem; only a failing filesystem or process ends the batch, and its journal
    stays to be completed later.
 
@@ -31,7 +34,6 @@ from syncd.mirror.root import (
     PathRefused,
     change_mode,
     change_mtime,
-    change_owner,
     disk_problem,
     hash_fd,
     kind_of,
@@ -69,6 +71,8 @@ _CODES = {
     errno.ENOENT: "missing",
 }
 
+COPIES_AT_ONCE = 500
+"""Copies that are made durable together: each of them needs room beside what it is a copy of."""
 _NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
 _UNSEEN = Stat(-1, 0, 0, 0, 0)
 """No file is like that."""
@@ -116,15 +120,24 @@ class Apply:
     """One execution of one plan.
 
     :param recovering: an earlier execution was cut off: work that is found done is accepted after reading it again.
+    :param sync: makes everything that was written durable.
     :param trusted: paths that the plan could not know to be ours yet (completed from an older journal just now).
     """
 
     def __init__(
-        self, dirs: Dirs, stage: Stage, drift: str, *, recovering: bool, trusted: Mapping[str, Stat] | None = None
+        self,
+        dirs: Dirs,
+        stage: Stage,
+        drift: str,
+        sync: Callable[[], None],
+        *,
+        recovering: bool,
+        trusted: Mapping[str, Stat] | None = None,
     ) -> None:
         self._dirs = dirs
         self._stage = stage
         self._drift = drift
+        self._sync = sync
         self._recovering = recovering
         self._trusted = trusted or {}
         self._placed: dict[str, Placed] = {}
@@ -133,6 +146,7 @@ class Apply:
         self._blocked: set[str] = set()
         self._made: set[str] = set()
         self._opened_up: dict[str, int] = {}
+        self._copies: list[tuple[SetMeta, str, Stat]] = []  # what takes the place of which inode
 
     def run(self, plan: MirrorPlan) -> Outcome:
         """Carry the plan out, in its order.
@@ -149,12 +163,17 @@ class Apply:
                 self._step(place.path, partial(self._place, place))
             for change in plan.set_meta:
                 self._step(change.path, partial(self._set_meta, change))
+                if len(self._copies) >= COPIES_AT_ONCE:
+                    self._place_copies()
+            self._place_copies()
             for remove in plan.remove:
                 self._step(remove.path, partial(self._remove, remove, clearing=False))
             crash_point("before_dir_meta")
             # a crash here leaves directories with temporary modes and times: recover() sets them
             self._finish_dirs(plan.dir_meta)
         finally:
+            for _, staged, _ in self._copies:  # the batch has ended before their turn
+                self._stage.give_up(staged)
             self._close_up()
         return Outcome(list(self._placed.values()), list(self._problems.values()), list(self._drifted))
 
@@ -267,7 +286,7 @@ class Apply:
 
         split(step.path)
         try:
-            self._dirs.open(step.path)
+            self._claim(step.path)
         except PathRefused as exc:
             self._drifted[exc.at] = None
             if exc.at != step.path or exc.code != "parent_not_directory":
@@ -277,7 +296,30 @@ class Apply:
         else:
             return
         self._at(step.path, make)
-        self._dirs.open(step.path)
+        self._claim(step.path)
+
+    def _claim(self, path: str) -> int:
+        """Open a directory, and take it over where it is somebody else's: his are the names in it, then.
+
+        :raises PathRefused: it stays somebody else's, or it cannot be opened.
+        """
+        fd = self._dirs.open(path)
+        found = os.fstat(fd)
+        if not path or not self._stage.belongs.is_foreign(found.st_uid):
+            return fd
+        above = os.fstat(self._dirs.open(path.rpartition("/")[0]))
+        fd = self._dirs.open(path)
+        if not os.path.samestat(found, os.fstat(fd)):  # RACE: replaced since; the next look tells
+            raise PathRefused("drift", "it was replaced while it was looked at", at=path)
+        try:
+            self._stage.belongs.take_over(fd, above)
+        except PermissionError as exc:
+            text = f"uid {found.st_uid} owns it and may change what is in it, and only root can take it over"
+            raise PathRefused("foreign_directory", text, at=path) from exc
+        log.warning("directory_taken_over", path=printable(path), uid=found.st_uid)
+        self._made.add(path)
+        self._dirs.forget(path)  # what was held may be an O_PATH descriptor
+        return self._dirs.open(path)
 
     def _finish_dirs(self, metas: tuple[DirMeta, ...]) -> None:
         """Set modes and times, deepest first, after everything below is done."""
@@ -293,13 +335,12 @@ class Apply:
     def _finish_dir(self, path: str, meta: DirMeta | None) -> None:
         split(path)
         try:
-            fd = self._dirs.open(path)
+            fd = self._claim(path)
         except PermissionError:
             if not self._open_up(path.rpartition("/")[0]):
                 raise
-            fd = self._dirs.open(path)
-        found = os.fstat(fd)
-        change_owner(fd, found, self._stage.owner)
+            fd = self._claim(path)
+        found = self._stage.belongs.give(fd)
         mode = meta.mode & MODE_BITS if meta is not None else DEFAULT_DIR_MODE
         if stat.S_IMODE(found.st_mode) != mode:
             change_mode(fd, mode)
@@ -427,26 +468,49 @@ class Apply:
             if to_stat(now) != to_stat(found) or (not certain and not _reads_as(fd, step.entry)):
                 self._left_alone(step.path, "its content was changed here; it will be fetched again")
                 return
-            if now.st_nlink > 1:
-                # the other names may be outside of the mirror: they keep the inode as it is, we take a copy
-                staged = self._stage.add_copy(fd, step.entry, step.path)
-                try:
-                    os.rename(staged, name, src_dir_fd=self._stage.fd, dst_dir_fd=dir_fd)
-                except OSError:
-                    self._stage.give_up(staged)
-                    raise
-                after = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            else:
-                change_owner(fd, now, self._stage.owner)
-                mode = step.entry.mode & MODE_BITS
-                if stat.S_IMODE(os.fstat(fd).st_mode) != mode:  # chown may have dropped set-id bits
-                    change_mode(fd, mode)
-                if now.st_mtime_ns != step.entry.mtime_ns:
-                    change_mtime(fd, now, step.entry.mtime_ns)
-                after = os.fstat(fd)
+            mode = step.entry.mode & MODE_BITS
+            if not self._stage.belongs.may_stay(now, mode):
+                # its other names, or who has it open, keep the inode as it is; we take a copy
+                self._copies.append((step, self._stage.add_copy(fd, step.entry, step.path), to_stat(now)))
+                return
+            if stat.S_IMODE(self._stage.belongs.give(fd).st_mode) != mode:  # chown may have dropped set-id bits
+                change_mode(fd, mode)
+            if now.st_mtime_ns != step.entry.mtime_ns:
+                change_mtime(fd, now, step.entry.mtime_ns)
+            after = os.fstat(fd)
         finally:
             os.close(fd)
         self._remember(step.path, step.entry, after)
+
+    def _place_copies(self) -> None:
+        """Put copies in the place of what they are copies of; a rename must not be on the disk before its content is.
+
+        :raises DiskProblem: the filesystem fails.
+        """
+        if not self._copies:
+            return
+        try:
+            self._sync()
+        except OSError as exc:
+            raise disk_problem(exc, "cannot make copies durable") from exc
+        self._copies.reverse()
+        while self._copies:
+            step, staged, original = self._copies.pop()
+            self._step(step.path, partial(self._place_copy, step, staged, original))
+
+    def _place_copy(self, step: SetMeta, staged: str, original: Stat) -> None:
+        def put(dir_fd: int, name: str) -> None:
+            found = lstat_at(dir_fd, name)
+            if found is None or to_stat(found) != original:
+                raise FileChanged("it was changed while it was copied")
+            os.rename(staged, name, src_dir_fd=self._stage.fd, dst_dir_fd=dir_fd)
+            self._remember(step.path, step.entry, os.stat(name, dir_fd=dir_fd, follow_symlinks=False))
+
+        try:
+            self._at(step.path, put)
+        except BaseException:
+            self._stage.give_up(staged)
+            raise
 
     # removals ------------------------------------------------------------------------------------------------------
 

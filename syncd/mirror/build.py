@@ -241,10 +241,10 @@ class Builder:
         """Something is missing, so that nothing will come of the tree: find out what else is."""
         if item.source is None or len(self._changed) >= MAX_CHANGED:
             return
-        above, base = split(item.source.path)
         try:
+            above, base = split(item.source.path)
             found = lstat_at(self._sources.open(above), base) if self._sources is not None else None
-        except (OSError, PathRefused):
+        except (OSError, BadName, PathRefused):
             found = None
         if found is None or not self._sharer.knows(found, item.source.stat):
             self._changed.append(item.path)

@@ -188,6 +188,18 @@ class Mirror:
         """See :meth:`View.walk`."""
         return self._tree.walk(on_problem)
 
+    def is_foreign(self, disk: Disk) -> bool:
+        """Tell whether what was found belongs to somebody else: neither root, nor us, nor the configured owner."""
+        return self._stage.belongs.is_foreign(disk.uid)
+
+    def is_settled(self, disk: Disk) -> bool:
+        """Tell whether what was found belongs to whom syncd gives it."""
+        return self._stage.belongs.is_settled(disk.uid, disk.gid)
+
+    def holds_private(self, path: str) -> bool:
+        """See :meth:`View.holds_private`."""
+        return self._tree.holds_private(path)
+
     # staging -------------------------------------------------------------------------------------------------------
 
     def stage(self, entry: Entry) -> Staged:
@@ -348,9 +360,12 @@ class Mirror:
         crash_point("journal_durable")
         trusted = {done.path: done.stat for done in earlier.placed if done.stat is not None}
         with Dirs(self._tree.fd, one_filesystem=True) as dirs:
-            outcome = Apply(dirs, self._stage, drift, recovering=False, trusted=trusted).run(plan)
+            outcome = Apply(dirs, self._stage, drift, self._sync, recovering=False, trusted=trusted).run(plan)
         self._finish(plan, outcome)
         return _merge(earlier, outcome)
+
+    def _sync(self) -> None:
+        sync_filesystem(self._root_fd)
 
     def _sync_staged(self) -> None:
         """Make staged content durable, or give all of it up: after a failed sync nobody knows what is on the disk."""
@@ -389,7 +404,7 @@ class Mirror:
             self._journal.remove()
             return Outcome()
         with Dirs(self._tree.fd, one_filesystem=True) as dirs:
-            outcome = Apply(dirs, self._stage, journal.drift, recovering=True).run(journal.plan)
+            outcome = Apply(dirs, self._stage, journal.drift, self._sync, recovering=True).run(journal.plan)
         self._finish(journal.plan, outcome)
         for problem in outcome.problems:
             log.warning("recover_problem", path=problem.path, code=problem.code, text=problem.text)
@@ -503,6 +518,7 @@ class Mirror:
             raise
         finally:
             os.close(top)
+        crash_point("check_built")
         return self.root / PRIVATE_DIR / _CHECK
 
     def drop_check(self) -> None:
@@ -512,6 +528,7 @@ class Mirror:
         """
         with self._words("cannot remove the tree that was checked"):
             remove_tree(self._private_fd, _CHECK)
+        crash_point("check_dropped")
 
     @contextmanager
     def _words(self, what: str) -> Iterator[None]:

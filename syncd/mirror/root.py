@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from syncd.errors import BadName, DiskProblem, FileChanged
 from syncd.model import Kind, Problem, Stat
-from syncd.paths import PRIVATE_DIR, check_path, parent, printable
+from syncd.paths import check_path, is_private, is_usable, parent, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +39,9 @@ BLOCK = 1024 * 1024
 
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+_ACLS = ("system.posix_acl_access", "system.posix_acl_default")
+_NO_ACL = {errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS}
 
 _HINTS = {
     errno.ENOSPC: "free some space; the work goes on by itself then",
@@ -72,12 +75,15 @@ class Disk:
     :ivar kind: ``None`` for what is never distributed (fifos, sockets, devices).
     :ivar mode: permission bits.
     :ivar target: link text of a symlink.
+    :ivar uid, gid: whom it belongs to; -1: not known.
     """
 
     kind: Kind | None
     mode: int
     stat: Stat
     target: str = ""
+    uid: int = -1
+    gid: int = -1
 
 
 def disk_problem(exc: OSError, what: str) -> DiskProblem:
@@ -163,6 +169,24 @@ def change_owner(fd: int, found: os.stat_result, owner: tuple[int, int] | None) 
         if exc.errno != errno.EBADF:
             raise
         os.chown(f"/proc/self/fd/{fd}", uid, gid)  # opened with O_PATH
+
+
+def drop_acls(fd: int) -> None:
+    """Remove the ACLs that whoever made an open directory may have put there: fchmod(2) leaves them in force.
+
+    :raises OSError: the kernel refuses; that the filesystem knows none is fine.
+    """
+    for name in _ACLS:
+        try:
+            try:
+                os.removexattr(fd, name)
+            except OSError as exc:
+                if exc.errno != errno.EBADF:
+                    raise
+                os.removexattr(f"/proc/self/fd/{fd}", name)  # opened with O_PATH
+        except OSError as exc:
+            if exc.errno not in _NO_ACL:
+                raise
 
 
 def change_mode(fd: int, mode: int) -> None:
@@ -353,19 +377,34 @@ class View:
             raise disk_problem(exc, f"cannot look at {printable(path)}") from exc
 
     def look_all(self, paths: Iterable[str]) -> Iterator[tuple[str, Disk | None]]:
-        """Look at many paths; fast where they are in component order. What the disk does not tell is left out.
+        """Look at many paths; fast where they are in component order.
 
-        :raises BadName: a path must not be used.
+        What the disk does not tell, and paths that must not be used, are left out.
         """
         with Dirs(self.fd, one_filesystem=False) as dirs:
             for path in paths:
-                above, name = split(path)
                 try:
+                    above, name = split(path)
                     yield path, self._disk(dirs.open(above), name)
                 except (FileNotFoundError, PathRefused):
                     yield path, None
-                except OSError:
+                except (OSError, BadName):
                     continue
+
+    def holds_private(self, path: str) -> bool:
+        """Tell whether a directory holds what is syncd's own: it is another mirror, or like one.
+
+        :raises BadName: the path must not be used.
+        :raises DiskProblem: the disk does not tell.
+        """
+        check_path(path)
+        try:
+            with Dirs(self.fd, one_filesystem=False) as dirs:
+                return any(map(is_private, os.listdir(dirs.open(path))))  # noqa: PTH208 - a descriptor, not a path
+        except (FileNotFoundError, PathRefused):
+            return False
+        except OSError as exc:
+            raise disk_problem(exc, f"cannot list {printable(path)}") from exc
 
     def read_digests(self, path: str, *, sha256: bool = True) -> tuple[str, str, Stat]:
         """Read a regular file between two equal stats; return (BLAKE3 hex, SHA-256 hex, its stat).
@@ -403,7 +442,7 @@ class View:
             raise disk_problem(exc, f"cannot open {printable(path)}") from exc
 
     def walk(self, on_problem: Callable[[Problem], None] | None = None) -> Iterator[tuple[str, Disk]]:
-        """Yield everything below the root but ``.syncd``, in component order, never following a symlink.
+        """Yield everything below the root but any ``.syncd``, in component order, never following a symlink.
 
         Memory is bounded by the names of the directories along one path. A directory that cannot be read yields
         itself and nothing below; a name that cannot be a path (not UTF-8, too long) is left out; both are told to
@@ -453,7 +492,8 @@ class View:
                     raise
                 return None
         known = to_stat(found)
-        return Disk(kind, stat.S_IMODE(found.st_mode), known if self._ctime else without_ctime(known), target)
+        known = known if self._ctime else without_ctime(known)
+        return Disk(kind, stat.S_IMODE(found.st_mode), known, target, found.st_uid, found.st_gid)
 
     @staticmethod
     def _names(dirs: Dirs, path: str, tell: Callable[[str, str, str], None]) -> list[str]:
@@ -468,7 +508,7 @@ class View:
         names = []
         for name in found:
             child = f"{path}/{name}" if path else name
-            if child == PRIVATE_DIR:
+            if is_private(name):
                 continue
             try:
                 check_path(child)
@@ -493,8 +533,13 @@ class NoTree(View):
 
     def look_all(self, paths: Iterable[str]) -> Iterator[tuple[str, Disk | None]]:
         """See :meth:`View.look_all`."""
-        for path in paths:
-            yield path, self.look(path)
+        for path in filter(is_usable, paths):
+            yield path, None
+
+    def holds_private(self, path: str) -> bool:
+        """See :meth:`View.holds_private`."""
+        check_path(path)
+        return False
 
     def open_source(self, path: str) -> int:
         """See :meth:`View.open_source`."""

@@ -5,7 +5,9 @@ Rules kept here:
    yields nothing;
  * a hard link takes over owner, mode and time of the inode, so it is made only where those are the wanted ones; the
    inode itself is never changed: its other names may be in a tree that is in use;
- * a copy is read back and compared with the content's digest. A clone and a link hold the very bytes of the source.
+ * a copy is read back and compared with the content's digest. A clone and a link hold the very bytes of the source,
+   which were verified when it was made, and which nobody may change: where somebody may (the owner that the mirror is
+   given to, whoever its mode lets write), a clone is read back, too, and there is no link.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal
 
 from syncd.errors import FileChanged
+from syncd.mirror.owner import OTHERS_WRITE
 from syncd.mirror.root import hash_fd, lstat_at, open_regular, same_stat, to_stat
 from syncd.mirror.staging import CREATE, copy_bytes, finish_meta, holds
 from syncd.model import MODE_BITS
@@ -67,7 +70,7 @@ class Sharer:
             raise FileChanged("it has another size")
         if self._clones and self._clone(source, found, target, entry):
             return
-        if self._links and self._fits(found, entry) and _link(source, found, target):
+        if self._links and not is_writable(found) and self._fits(found, entry) and _link(source, found, target):
             return
         self._copy(source, found, target, entry)
 
@@ -92,6 +95,8 @@ class Sharer:
             with _opened(source) as old, _made(target) as new:
                 clone(old, new)
                 _check(old, found)
+                if is_writable(found):
+                    _verify(new, entry)
                 finish_meta(new, entry, self._owner)
         except OSError as exc:
             if exc.errno not in _NO_CLONE:
@@ -103,11 +108,24 @@ class Sharer:
     def _copy(self, source: tuple[int, str], found: os.stat_result, target: tuple[int, str], entry: Entry) -> None:
         with _opened(source) as old, _made(target) as new:
             copy_bytes(old, new, entry.size)
-            digest, sha256, size = hash_fd(new, sha256=not entry.digest)
             _check(old, found)
-            if size != entry.size or not holds(entry, digest, sha256):
-                raise FileChanged("it does not hold the content that it had")
+            _verify(new, entry)
             finish_meta(new, entry, self._owner)
+
+
+def is_writable(found: os.stat_result) -> bool:
+    """Tell whether anybody else may have written to a file, and set its time back: then its stat says nothing."""
+    return found.st_uid != os.geteuid() or bool(found.st_mode & OTHERS_WRITE)
+
+
+def _verify(fd: int, entry: Entry) -> None:
+    """Read a new file back.
+
+    :raises FileChanged: it does not hold the entry's content.
+    """
+    digest, sha256, size = hash_fd(fd, sha256=not entry.digest)
+    if size != entry.size or not holds(entry, digest, sha256):
+        raise FileChanged("it does not hold the content that it had")
 
 
 def clone(source: int, target: int) -> None:

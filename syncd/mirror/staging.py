@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from syncd.crashpoints import crash_point
 from syncd.errors import BadName, DiskProblem, FileChanged, ObjectCorrupt, SyncdError
+from syncd.mirror.owner import Owner
 from syncd.mirror.root import BLOCK, change_owner, disk_problem, hash_fd
 from syncd.model import MODE_BITS, Kind
 from syncd.paths import printable
@@ -69,11 +70,13 @@ class Stage:
     """The staging directory, by descriptor. Names it hands out start with an id of this run.
 
     :param owner: user and group id that staged content gets, -1: as it is; ``None``: whoever runs this.
+    :ivar belongs: the same as a judgement on what is there.
     """
 
     def __init__(self, fd: int, owner: tuple[int, int] | None = None) -> None:
         self.fd = fd
         self.owner = owner
+        self.belongs = Owner(owner)
         self.run = secrets.token_hex(4)
         self._numbers = itertools.count()
 
@@ -163,6 +166,8 @@ class Stage:
     def _fits(self, fd: int, entry: Entry, *, reread: bool) -> bool:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_size != entry.size:
+            return False
+        if self.belongs.is_foreign(found.st_uid):  # staged for an owner who is not that any more
             return False
         if reread and hash_fd(fd)[0] != entry.digest:
             return False

@@ -235,13 +235,40 @@ def test_no_program_is_looked_for_in_the_mirror(own, path):
     assert child_environment("check", {}, {"PATH": own})["PATH"] == path
 
 
-async def test_a_program_in_the_working_directory_is_run_only_when_asked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "named", ["surprise", "./surprise", "bin/surprise", "../{folder}/surprise", "{folder}/surprise"]
+)
+@pytest.mark.fault("R1")
+async def test_a_program_in_the_working_directory_is_never_run(tmp_path, monkeypatch, named):
+    """Were that the mirror, it would be the publisher's: neither by name, nor by a relative path."""
     monkeypatch.setenv("PATH", f".::{os.environ['PATH']}")
-    program = tmp_path / "surprise-of-the-publisher"
-    program.write_text("#!/bin/sh\necho ran\n")
+    for name in ("surprise", "bin/surprise", f"{tmp_path.name}/surprise"):
+        program = tmp_path / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\necho ran\n")
+        program.chmod(0o755)
+    outcome = await run(Hook("check", (named,), LONG), tmp_path, values={"folder": tmp_path.name})
+    assert (outcome.ok, outcome.code, outcome.output) == (False, None, "")
+    assert "relative path" in outcome.reason if "/" in named else "is not there" in outcome.reason
+
+
+async def test_a_program_of_a_tree_that_is_named_is_run(tmp_path):
+    """``{path}`` and ``{staged}`` are absolute, and said by whoever wrote the configuration."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho ran in $PWD\n")
     program.chmod(0o755)
-    assert not (await run(Hook("check", (program.name,), LONG), tmp_path)).ok
-    assert (await run(Hook("check", (f"./{program.name}",), LONG), tmp_path)).output == "ran"
+    for word in ("path", "staged"):
+        hook = Hook("check", (f"{{{word}}}/program",), LONG)
+        outcome = await run_hook(hook, values={word: str(tmp_path)}, environ={})
+        assert outcome.output == "ran in /"
+
+
+@pytest.mark.fault("R1")
+async def test_hooks_begin_in_a_directory_of_nobody(tmp_path):
+    """What looks for code in its working directory (``python -m``) finds none that a publisher wrote."""
+    assert (await run_hook(shell("pwd"), values={}, environ={})).output == "/"
+    outcome = await run_health(shell("pwd"), tries=1, pause=0, deadline=LONG, values={}, environ={})
+    assert outcome.output == "/"
 
 
 async def test_a_hook_starts_as_from_a_login(tmp_path):
@@ -326,11 +353,12 @@ async def test_r1_a_program_that_cannot_be_run_is_an_outcome(tmp_path):
     for program, part in [
         ("no-such-program", "no-such-program is not there"),
         ("/no/such/program", "/no/such/program is not there"),
-        ("./plain", "./plain may not be executed"),
-        ("./no_shebang", "is nothing the system can run"),
-        ("./bad_shebang", "the program in its first line is not"),
+        (f"{tmp_path}/plain", "/plain may not be executed"),
+        (f"{tmp_path}/no_shebang", "is nothing the system can run"),
+        (f"{tmp_path}/bad_shebang", "the program in its first line is not"),
         ("/tmp", "may not be executed"),
-        ("./plain/x", "cannot be run: Not a directory"),
+        (f"{tmp_path}/plain/x", "cannot be run: Not a directory"),
+        ("./plain", "./plain is a relative path"),
         ("\x1b[2J", "\\x1b[2J is not there"),
         ("/bin/\0sh", "could not be started: embedded null byte"),
         ("/bin/echo", ""),

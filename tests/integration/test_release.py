@@ -604,7 +604,8 @@ def test_before_the_first_release_the_tree_is_empty(root: Path, releaser: Releas
     for call in (mirror.read_digests, mirror.open_source):
         with pytest.raises(FileChanged):
             call("f")
-    for look in (mirror.look, mirror.open_source, lambda path: list(mirror.look_all([path]))):
+    assert list(mirror.look_all(["f", "../f", "g"])) == [("f", None), ("g", None)]
+    for look in (mirror.look, mirror.open_source, mirror.holds_private):
         with pytest.raises(BadName):
             look("../f")
     (staged,) = mirror.stage_bytes([(file("x").entry, b"x")])

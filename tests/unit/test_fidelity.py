@@ -482,9 +482,9 @@ async def test_a_generation_that_holds_our_private_directory_is_refused(tmp_path
 OURS = [
     "releases/1-0123abcd/f", "current", "journal", "stage/x", "trash/x", "build/1-0123abcd", "lock", "index.db",
     "trust.json", "releases/.1-0123abcd.building/f", "generations/0000000001", "channels/head", "keys/0000000001",
-    "d/.syncd/journal", "d/.syncd/stage/x", ".syncd2", ".syncdx/y", ".SYNCD/journal",
+    ".syncd2", ".syncdx/y", "d/.syncd.d/journal", "syncd/stage/x",
 ]  # fmt: skip
-"""Names that we use ourselves elsewhere: in releases, in buckets, in the state directory, deeper down."""
+"""Names that we use ourselves elsewhere (in releases, buckets, the state directory), and some that look like ours."""
 
 
 @pytest.mark.fault("P6")

@@ -165,6 +165,17 @@ async def test_a_check_that_refuses_the_first_generation_leaves_nothing(site: Si
 
 @MODES
 @pytest.mark.fault("R1")
+async def test_hooks_run_where_nobody_publishes(site: Site, mode: Any) -> None:
+    """Not in the mirror: python -m and the like would find the publisher's modules."""
+    where = site.hook('pwd >> "$1"')
+    site.options = replace(site.options, mode=mode, check=where, apply=where, health=where)
+    await site.push(a="one")
+    await site.pull()
+    assert site.told() == ["/", "/", "/"]
+
+
+@MODES
+@pytest.mark.fault("R1")
 async def test_apply_runs_once_after_the_whole_set(site: Site, mode: Any) -> None:
     """It sees all new files, and the list of what changed; a round without changes runs nothing."""
     apply = site.hook(
