@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
@@ -17,13 +19,13 @@ from syncd.errors import ConfigError
 from syncd.hooks import PLACEHOLDERS, is_relative, placeholders
 from syncd.paths import printable
 from syncd.rules import Rules
-from syncd.settings import failed, split_listen
+from syncd.settings import failed, parse_owner, split_listen
+from syncd.wiring import read_signer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-    from syncd.settings import Settings
+    from syncd.settings import Settings, SubscribeSettings
     from syncd.tomllines import Loc
 
 
@@ -196,6 +198,8 @@ class _Checks:
                     self.say(loc, "the program's name is empty")
                 elif argv and is_relative(argv[0]):
                     self.say(loc, f"{printable(argv[0])} is a relative path: give a name, or an absolute path")
+                if any("\0" in item for item in argv):
+                    self.say(loc, "an argument holds a NUL, which no program can be given")
                 for word in sorted(placeholders(argv) - known):
                     self.say(loc, f"{{{word}}} is not known to this hook: there is no staged tree any more")
 
@@ -233,9 +237,10 @@ def disk_findings(settings: Settings) -> list[Finding]:
     check = _Checks(settings)
     for number, item in enumerate(settings.publish):
         _check_source(check, ("publish", number, "path"), item.path)
-        _check_file(check, ("publish", number, "sign_seed_file"), item.sign_seed_file, secret=True)
+        _check_seed(check, ("publish", number, "sign_seed_file"), item.sign_seed_file)
     for number, mirror in enumerate(settings.subscribe):
         _check_writable(check, ("subscribe", number, "path"), mirror.path)
+        _check_mirror(check, number, mirror)
     _check_writable(check, ("daemon", "state_dir"), settings.daemon.state_dir)
     nats = settings.nats
     if settings.nats_store_dir is not None and nats.embedded is not None:
@@ -246,6 +251,7 @@ def disk_findings(settings: Settings) -> list[Finding]:
     _check_file(check, ("nats", "tls", "ca_file"), nats.tls.ca_file, secret=False)
     _check_file(check, ("nats", "tls", "cert_file"), nats.tls.cert_file, secret=False)
     _check_file(check, ("nats", "tls", "key_file"), nats.tls.key_file, secret=True)
+    _check_secrets_outside(check)
     file = settings.origin.file
     if file is not None and ("nats", "password") in settings.origin.lines and _world_readable(file):
         check.warn(("nats", "password"), f"everybody on this host may read {printable(str(file))}: use password_file")
@@ -301,6 +307,64 @@ def _check_writable(check: _Checks, loc: Loc, path: Path) -> None:
     elif not _may(at, os.W_OK | os.X_OK):
         what = "is not writable" if at == path else f"cannot be made: {printable(str(at))} is not writable"
         check.say(loc, f"{shown} {what}")
+
+
+def _check_seed(check: _Checks, loc: Loc, path: Path | None) -> None:
+    _check_file(check, loc, path, secret=True)
+    if path is None or not path.is_file() or not _may(path, os.R_OK):
+        if path is not None and path.exists() and not path.is_dir() and not path.is_file():
+            check.say(loc, f"{printable(str(path))} is no regular file")
+        return
+    try:
+        read_signer(path)
+    except ConfigError as error:
+        check.say(loc, error.message)
+
+
+def _check_mirror(check: _Checks, number: int, mirror: SubscribeSettings) -> None:
+    for name in PLACEHOLDERS:
+        argv: tuple[str, ...] = getattr(mirror.hooks, name)
+        if argv and not is_relative(argv[0]) and "{" not in argv[0] and shutil.which(argv[0]) is None:
+            check.warn(("subscribe", number, "hooks", name), f"{printable(argv[0])} is no program that can be run here")
+    current = mirror.path / "current"
+    if mirror.mode == "release" and os.path.lexists(current) and not current.is_symlink():
+        what = f"{printable(str(current))} is no symlink: release mode needs that name"
+        check.say(("subscribe", number, "path"), what)
+    if mirror.owner and parse_owner(mirror.owner)[0] not in {-1, os.geteuid()} and not _may_chown():
+        check.warn(("subscribe", number, "owner"), "needs root or CAP_CHOWN, which this user does not have")
+
+
+def _may_chown() -> bool:
+    """Tell whether this process has CAP_CHOWN, the first of Linux's capabilities (capabilities(7))."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return True
+    found = [line.split()[1] for line in lines if line.startswith("CapEff:")]
+    return not found or bool(int(found[0], 16) & 1)
+
+
+def _check_secrets_outside(check: _Checks) -> None:
+    """Refuse a secret within a source: it would be distributed."""
+    settings = check.settings
+    nats = settings.nats
+    secrets: list[tuple[Loc, Path | None]] = [
+        (("publish", number, "sign_seed_file"), item.sign_seed_file) for number, item in enumerate(settings.publish)
+    ]
+    secrets += [(("nats", key), getattr(nats, key)) for key in ("creds_file", "nkey_seed_file", "password_file")]
+    secrets += [(("nats", "token_file"), nats.token_file), (("nats", "tls", "key_file"), nats.tls.key_file)]
+    for loc, path in secrets:
+        if path is None:
+            continue
+        at = check.resolve(path)
+        for number, item in enumerate(settings.publish):
+            source = check.sources["publish", number, "path"]
+            if not _inside(at, source) or at == source:
+                continue
+            if Rules(item.include, item.exclude).takes(os.path.relpath(at, source), is_dir=False):
+                check.say(
+                    loc, f"{printable(at)} is a secret inside the source of publish.{number}, which distributes it"
+                )
 
 
 def _check_file(check: _Checks, loc: Loc, path: Path | None, *, secret: bool) -> None:

@@ -31,6 +31,7 @@ from syncd.store.connection import Connection, require_jetstream
 from syncd.store.probe import missing_permissions
 from syncd.store.reasons import check_version
 from syncd.subscriber import SubscribeOptions, Subscriber
+from syncd.trees import layout_of
 from syncd.trust import Trust
 from syncd.wiring import connection_options, publish_options, rollout_options, subscribe_options
 
@@ -378,8 +379,34 @@ async def check(settings: Settings, *, connect: bool) -> list[Finding]:
         for source in settings.publish:
             findings += await _folder_findings(connection, store, "publish", source.folder)
         for mirror in settings.subscribe:
-            findings += await _folder_findings(connection, store, "subscribe", mirror.folder)
+            found = await _folder_findings(connection, store, "subscribe", mirror.folder)
+            findings += found or await _mirror_findings(store.bucket(mirror.folder), mirror)
     return findings
+
+
+async def _mirror_findings(bucket: Bucket, mirror: SubscribeSettings) -> list[Finding]:
+    """Say what a mirror asks for, and the bucket does not have."""
+    where = f"subscribe {mirror.folder}"
+    try:
+        if await layout_of(bucket, await bucket.state()) == "objects":
+            wants = {
+                "trusted_keys": mirror.trusted_keys,
+                'mode = "release"': mirror.mode == "release",
+                "hooks": mirror.hooks.check or mirror.hooks.apply or mirror.hooks.health,
+                "channel": mirror.channel != HEAD,
+                "pin": mirror.pin,
+            }
+            asked = " and ".join(name for name, wanted in wants.items() if wanted)
+            return [Finding(where, f"the objects layout has no place for {asked}")] if asked else []
+        history = await History.open(bucket)
+        for name in filter(None, (str(mirror.pin or ""), mirror.channel)):
+            try:
+                await history.commit(name)
+            except UsageError as error:
+                return [Finding(where, error.message, "warning")]
+    except SyncdError as error:
+        return [Finding(where, error.message, "warning")]
+    return []
 
 
 async def _folder_findings(connection: Connection, store: Store, role: str, folder: str) -> list[Finding]:

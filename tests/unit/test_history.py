@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from syncd.settings import Settings
+    from syncd.settings import Settings, SubscribeSettings
 
 HOSTILE = "bad\x1b[31m\nname"
 FIRST: Spec = {"dir": {"one": b"1", "two": b"22"}, "link": "dir/one", "same": {"deep": b"x" * 100}}
@@ -708,3 +708,53 @@ def test_the_index_says_which_generation_a_mirror_has(tmp_path: Path) -> None:
         assert applied() == expected
     with state.lock():
         assert applied() == 4
+
+
+# --- what a mirror asks for, and the bucket does not have ---
+
+
+@pytest.mark.parametrize(
+    ("asks", "said"),
+    [
+        ("", []),
+        ('channel = "stable"', []),
+        ("pin = 2", []),
+        ('channel = "slow"', ["folder 'app' has no channel 'slow'"]),
+        ("pin = 9", ["folder 'app' has no generation 9: the oldest is 1, the newest 2"]),
+    ],
+)
+async def test_a_channel_or_pin_that_is_not_there_is_told(tmp_path: Path, asks: str, said: list[str]) -> None:
+    """A warning: it may come to be."""
+    store = MemoryStore()
+    await store.create_bucket("app", BucketSpec(layout="generations"))
+    for number, spec in enumerate((FIRST, SECOND), 1):
+        await commit(store.bucket("app"), number, spec)
+    await Channels(store.bucket("app"), lambda: 1.8e9).promote(2, "stable", who="ann")
+    mirror = subscribed(tmp_path, asks)
+    found = await oneshot._mirror_findings(store.bucket("app"), mirror)
+    assert [item.text for item in found] == said
+    assert {item.severity for item in found} <= {"warning"}
+
+
+@pytest.mark.parametrize(
+    ("asks", "said"),
+    [
+        ("", []),
+        ('mode = "release"', ['mode = "release"']),
+        ('channel = "x"\npin = 3', ["channel and pin"]),
+        ('[subscribe.hooks]\napply = ["true"]', ["hooks"]),
+        (f'trusted_keys = ["{generate()[1]}"]', ["trusted_keys"]),
+    ],
+)
+async def test_what_needs_generations_is_told_of_an_objects_bucket(tmp_path: Path, asks: str, said: list[str]) -> None:
+    store = MemoryStore()
+    await store.create_bucket("app", BucketSpec(layout="objects"))
+    found = await oneshot._mirror_findings(store.bucket("app"), subscribed(tmp_path, asks))
+    assert [item.text for item in found] == [f"the objects layout has no place for {what}" for what in said]
+    assert {item.severity for item in found} <= {"error"}
+
+
+def subscribed(directory: Path, asks: str) -> SubscribeSettings:
+    file = directory / "fleet.toml"
+    file.write_text(f'[[subscribe]]\nfolder = "app"\npath = "{directory}/m"\n{asks}\n')
+    return load(file, {}).subscribe[0]

@@ -35,6 +35,7 @@ from syncd.settings import (
     parse_size,
     split_listen,
 )
+from syncd.signatures import generate
 from syncd.tomllines import locate
 
 if TYPE_CHECKING:
@@ -794,6 +795,83 @@ def test_what_this_user_may_not_read_or_write_is_found(tmp_path):
         "error: closed/m cannot be made: closed is not writable",
         "error: creds cannot be read: it needs read permission",
     ], result.stderr
+
+
+@pytest.mark.fault("U1")
+def test_a_seed_that_is_none_is_found(tmp_path):
+    """As the daemon would, at its start: empty, public, garbage, or nothing that ends."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "good").write_text(generate()[0])
+    (tmp_path / "empty").touch()
+    (tmp_path / "public").write_text(generate()[1])
+    os.mkfifo(tmp_path / "fifo")
+    for name, said in [
+        ("good", []),
+        ("empty", ["error: fleet.toml:7: publish.0.sign_seed_file: empty: holds no seed of a user nkey (SU…)"]),
+        ("public", ["error: fleet.toml:7: publish.0.sign_seed_file: public: holds no seed of a user nkey (SU…)"]),
+        ("fifo", ["error: fleet.toml:7: publish.0.sign_seed_file: fifo is no regular file"]),
+    ]:
+        (tmp_path / name).chmod(0o600)
+        assert disk(tmp_path, roots(("publish", "a", "src")) + f'sign_seed_file = "{name}"\n') == said
+
+
+@pytest.mark.fault("K14")
+def test_a_secret_inside_a_source_is_refused(tmp_path):
+    """It would be distributed; one that is excluded is not."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "link").symlink_to("src")
+    for name in ("seed", "creds", "kept.seed"):
+        (tmp_path / "src" / name).write_text(generate()[0])
+        (tmp_path / "src" / name).chmod(0o600)
+    source = roots(("publish", "a", "src"))
+    head = '[nats]\ncreds_file = "src/creds"\n'
+    assert [line.rpartition(": ")[2] for line in disk(tmp_path, head + source + 'sign_seed_file = "link/seed"\n')] == [
+        "src/seed is a secret inside the source of publish.0, which distributes it",
+        "src/creds is a secret inside the source of publish.0, which distributes it",
+    ]
+    assert disk(tmp_path, source + 'sign_seed_file = "src/kept.seed"\nexclude = ["*.seed"]\n') == []
+
+
+def test_what_a_mirror_needs_on_this_host_is_looked_at(tmp_path):
+    """Programs of hooks, and the name of the link."""
+    (tmp_path / "m" / "current").mkdir(parents=True)
+    (tmp_path / "tool").write_text("#!")
+    text = roots(("subscribe", "a", "m")) + 'mode = "release"\n[subscribe.hooks]\n'
+    hooks = f'check = ["{tmp_path}/tool"]\napply = ["sh", "-c", "x"]\nhealth = ["no-such-program"]\n'
+    assert disk(tmp_path, text + hooks) == [
+        "warning: fleet.toml:9: subscribe.0.hooks.check: tool is no program that can be run here",
+        "warning: fleet.toml:11: subscribe.0.hooks.health: no-such-program is no program that can be run here",
+        "error: fleet.toml:6: subscribe.0.path: m/current is no symlink: release mode needs that name",
+    ]
+    assert disk(tmp_path, roots(("subscribe", "a", "n")) + '[subscribe.hooks]\ncheck = ["{path}/tool"]\n') == []
+
+
+def test_an_argument_with_a_nul_is_refused(tmp_path):
+    settings = load(
+        write(tmp_path, roots(("subscribe", "a", "m")) + '[subscribe.hooks]\napply = ["sh", "a\\u0000b"]\n'), {}
+    )
+    (found,) = problems_of(settings)
+    assert found.text == "an argument holds a NUL, which no program can be given"
+
+
+def test_an_owner_without_the_right_to_give_files_away_is_told(tmp_path):
+    """Of this user, whoever that is."""
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from syncd.checks import disk_findings\n"
+        "from syncd.settings import load\n"
+        "settings = load(Path(sys.argv[1]), {'HOME': '/'})\n"
+        "told = lambda: sum('CAP_CHOWN' in item.text for item in disk_findings(settings))\n"
+        "if os.geteuid() == 0:\n"
+        "    assert told() == 0\n"
+        "    os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "print(told())\n"
+    )
+    file = write(tmp_path, roots(("subscribe", "a", "m")) + 'owner = "12:34"\n')
+    run = [sys.executable, "-c", code, str(file)]
+    result = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout.split() == ["1"], result.stderr
 
 
 # --- the example files ---
