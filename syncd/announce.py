@@ -20,6 +20,7 @@ from syncd.crashpoints import crash_point
 from syncd.errors import BucketSealed, FileChanged, SafetyHalt, StoreFull, StoreTimeout, SyncdError, WriteConflict
 from syncd.holdings import Holdings
 from syncd.index import LocalRow, RemoteRow
+from syncd.index.blobs import Blobs
 from syncd.model import Entry, Kind, Problem
 from syncd.outlet import DeletionGuard, PublishOptions, PushResult, Wish
 from syncd.paths import printable
@@ -130,8 +131,18 @@ class Announcer:
         await self._put_changed(touched, result, progress)
         await self._delete_gone(touched, result, allow_delete=wish.allow_delete)
         if wish.change_layout and result.full is None and not result.again:
-            await drop_generations(self._bucket)
+            await self._drop_generations()
             self._log.info("layout_converted", layout="objects", objects=0)
+
+    async def _drop_generations(self) -> None:
+        state = await self._bucket.state()
+        now = state.now_ns / 1e9 if state.now_ns else self._clock()  # as collections count ages
+        blobs = Blobs(self._index)
+
+        async def freeing(digests: Collection[str]) -> None:
+            await self._thread.run(lambda: blobs.free(digests, now))
+
+        await drop_generations(self._bucket, freeing)
 
     async def tidy(self) -> None:
         """See :class:`syncd.outlet.Outlet`."""

@@ -82,6 +82,7 @@ class Announced:
                 # Deleted and made again, or restored: its publisher may still be filling it.
                 self._log.warning("bucket_replaced", bucket=self._bucket.name)
                 self._doubt_until = self._now() + DOUBT_SECONDS
+                await self._thread.run(self._index.forget_sequences)
             full = True
         touched: set[str] = set()
         at_least = min(hinted, state.last_seq)  # a forged hint must not keep us waiting

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
+from syncd.crashpoints import crash_point
 from syncd.errors import FormatTooNew, ObjectCorrupt, ObjectGone, SyncdError, UsageError, WriteConflict
 from syncd.moves import MAX_NEXT_COUNT, move_metadata, read_move, time_text
 from syncd.nodes import digest_of
@@ -409,6 +410,7 @@ class Channels:
             seq = await self._bucket.put_link(CHANNELS + channel, link, expected_seq=place.seq, metadata=metadata)
         except WriteConflict as error:
             raise await self._told(channel) from error
+        crash_point("channel_moved")
         await self._still_there(channel, wish.number)
         self._log.info("channel_moved", channel=channel, generation=wish.number, count=count, who=move.who)
         return Moved(

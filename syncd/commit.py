@@ -20,7 +20,7 @@ import structlog
 
 from syncd.build import Blob, Builder
 from syncd.crashpoints import crash_point
-from syncd.errors import FolderTaken, LayoutMismatch, SafetyHalt, StoreFull, WriteConflict
+from syncd.errors import FolderTaken, LayoutMismatch, ObjectCorrupt, SafetyHalt, StoreFull, WriteConflict
 from syncd.index import LocalRow, RemoteRow
 from syncd.index.blobs import UNSETTLED, Blobs
 from syncd.model import Entry, Kind
@@ -34,7 +34,7 @@ from syncd.moves import (
     time_text,
     word_of,
 )
-from syncd.nodes import NOTE_MAX, Generation, Node, NodeRef, Where, digest_of, encode_record
+from syncd.nodes import MAX_GENERATION, NOTE_MAX, Generation, Node, NodeRef, Where, digest_of, encode_record
 from syncd.outlet import Claim, DeletionGuard, PublishOptions, PushResult, Wish
 from syncd.paths import printable
 from syncd.progress import Meter, Progress
@@ -306,7 +306,7 @@ class Committer:
         if who != self._options.publisher:
             if self._head is not None:
                 raise FolderTaken(
-                    f"another publisher ({printable(who)}) writes to folder {self._options.folder!r}",
+                    f"another publisher ({printable(who[:WHO_MAX])}) writes to folder {self._options.folder!r}",
                     hint="stop one of the two, then restart this one",
                 )
             self._log.warning("publisher_changed", before=who)
@@ -320,7 +320,7 @@ class Committer:
             stack.extend(await self._thread.run(partial(self._take_nodes, pairs, head, strange=strange)))
         await self._thread.run(lambda: self._note_head(head, strange=strange))
         if strange:
-            self._log.warning("head_not_ours", generation=head.generation.number, publisher=printable(who))
+            self._log.warning("head_not_ours", generation=head.generation.number, publisher=printable(who[:WHO_MAX]))
         else:
             self._log.info("head_adopted", generation=head.generation.number)
 
@@ -575,9 +575,18 @@ class Committer:
         )
 
     async def _next_number(self, before: Generation | None) -> int:
-        """Return a number that was never used: not in this bucket, and not in one of its name that was lost."""
+        """Return a number that was never used: not in this bucket, and not in one of its name that was lost.
+
+        :raises ObjectCorrupt: none is left: nobody honest counted up to the highest.
+        """
         used = await self._thread.run(lambda: int(self._index.note(NUMBER, "0")))
-        return max(used, before.number if before is not None else await self._highest()) + 1
+        highest = max(used, before.number if before is not None else await self._highest())
+        if highest >= MAX_GENERATION:
+            raise ObjectCorrupt(
+                f"folder {self._options.folder!r} has a generation {highest}, and no number is left after it",
+                hint="find out who wrote that; then publish to another folder, or delete the bucket",
+            )
+        return highest + 1
 
     async def _highest(self) -> int:
         """Return the highest number that was ever used, for a bucket that has lost its head: numbers only grow."""
@@ -601,7 +610,7 @@ class Committer:
         head = await self._reader.channel(HEAD)
         if head is not None and head.generation.publisher != self._options.publisher:
             raise FolderTaken(
-                f"another publisher ({printable(head.generation.publisher)}) committed generation "
+                f"another publisher ({printable(head.generation.publisher[:WHO_MAX])}) committed generation "
                 f"{head.generation.number} of folder {self._options.folder!r}",
                 hint="stop one of the two; nothing of yours is lost, the next push commits it",
             ) from error

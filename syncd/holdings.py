@@ -32,6 +32,8 @@ RESERVE_BYTES = 128 * 1024
 RESERVE_SHARE = 16
 """What puts leave free of a limited bucket, at most this part of it: a tombstone needs room before it makes room."""
 MAX_AUDITED_NUIDS = 500_000
+STORED = "stored"
+"""The note of the highest sequence that we have read or written at the end of a round."""
 LEAVING_SECONDS = 5.0
 """How long freed chunks may still be listed: a TTL of a second, which nats-server 2.15 looks at each second or two."""
 
@@ -117,9 +119,13 @@ class Holdings:
                 self._log.warning("publisher_changed", before=other)
 
     def _position(self, created: str, last_seq: int) -> int:
-        """Return the sequence to catch up from; 0, and an empty memory, where the bucket is another one."""
+        """Return the sequence to catch up from; 0, and an empty memory, where the bucket is another one.
+
+        So it is where it ends before what we have read or written: it was restored from an old backup.
+        """
         position = int(self._index.note("position", "0"))
-        if self._index.note("bucket") == created and position <= last_seq:
+        least = max(position, int(self._index.note(STORED, "0")), self.last_seq)
+        if self._index.note("bucket") == created and least <= last_seq:
             return position
         if self._index.note("bucket"):
             self._log.warning("bucket_replaced", bucket=self._options.folder)
@@ -127,6 +133,7 @@ class Holdings:
             self._index.clear_remote()
             self._index.set_note("bucket", created)
             self._index.set_note("position", "0")
+            self._index.set_note(STORED, "0")
         self.last_seq = 0
         self._next_audit = 0.0
         return 0
@@ -217,7 +224,7 @@ class Holdings:
         them, they are no orphans: an audit that had them freed again would keep alive what removes them.
         """
         freed = 0
-        await self._thread.run(lambda: self._index.drop_left(self._clock(), LEAVING_SECONDS))
+        await self._thread.run(self._end_round)
         while due := await self._thread.run(self._take_due):
             try:
                 for nuid in due:
@@ -230,6 +237,12 @@ class Holdings:
             freed += len(due)
         if freed:
             self._log.info("chunks_freed", nuids=freed)
+
+    def _end_round(self) -> None:
+        with self._index.transaction():
+            self._index.drop_left(self._clock(), LEAVING_SECONDS)
+            if self.last_seq > int(self._index.note(STORED, "0")):
+                self._index.set_note(STORED, str(self.last_seq))
 
     def _take_due(self) -> list[str]:
         """Return some chunks to free, whose content is forgotten."""

@@ -138,10 +138,15 @@ def _published(settings: Settings, folder: str) -> PublishSettings:
 
 
 @contextlib.asynccontextmanager
-async def _publisher(settings: Settings, folder: str) -> AsyncIterator[Publisher]:
+async def _publisher(settings: Settings, folder: str, *, looks: bool = False) -> AsyncIterator[Publisher]:
+    """Make what a one-shot command publishes with.
+
+    :param looks: nothing is to be written, here either.
+    """
     item = _published(settings, folder)
     state = StateDir(settings.daemon.state_dir)
-    state.prepare()
+    if not looks:
+        state.prepare()
     index_file = state.index_file("publish", folder, item.path)
     async with open_store(settings) as (store, _):
         yield Publisher(
@@ -192,7 +197,7 @@ async def collect(settings: Settings, folder: str, *, dry_run: bool) -> Collecte
 
     :raises UsageError: no ``[[publish]]`` of that name, or it has the objects layout.
     """
-    async with _publisher(settings, folder) as publisher:
+    async with _publisher(settings, folder, looks=dry_run) as publisher:
         return await publisher.collect(dry_run=dry_run)
 
 

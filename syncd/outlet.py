@@ -14,6 +14,7 @@ from syncd.paths import printable
 from syncd.plan import publish_halt
 from syncd.store.base import BadMeta, BucketSpec
 from syncd.trees import Layout, layout_of
+from syncd.trust import WHO_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -217,7 +218,7 @@ class Claim:
         holder = await self._bucket.claim(self._options.publisher, take_over=wish.take_over)
         if holder != self._options.publisher:
             raise FolderTaken(
-                f"folder {folder!r} is published by {printable(holder)}",
+                f"folder {folder!r} is published by {printable(holder[:WHO_MAX])}",
                 hint=f"if that publisher is retired: syncd push {folder} --take-over",
             )
         self._began = True

@@ -147,9 +147,11 @@ class Publisher:
     async def collect(self, *, dry_run: bool = False) -> Collected:
         """Free what no kept generation reaches, once (generations layout).
 
-        :param dry_run: only say what would be freed.
+        :param dry_run: only say what would be freed; neither the bucket nor the index changes.
         :raises UsageError: the folder has the objects layout, which frees by itself.
         """
+        if dry_run:
+            self._index_file = None  # nothing of it is needed to look: what is noted meanwhile is nobody's to keep
         try:
             await self._open()
             if not isinstance(self._outlet, Committer):
@@ -199,17 +201,19 @@ class Publisher:
 
     async def _feed_bucket(self, hints: Hints, agenda: Agenda) -> None:
         """A reconnect, or a write that is not ours, asks for a full round."""
+        told = 0  # a lost, forged or foreign hint: one full round, not one for each until the next look at everything
         while True:
             started = time.monotonic()
             seq = await hints.wait(self._options.rescan_seconds)
             if seq == 0:
+                told = 0
                 if time.monotonic() - started < self._options.rescan_seconds - 0.1:  # not the timer: a new connection
                     self._outlet.doubt()
                 agenda.wake()
-            elif seq > self._outlet.last_seq:
+            elif seq > max(told, self._outlet.last_seq):
                 await asyncio.sleep(HINT_GRACE_SECONDS)
                 if seq > self._outlet.last_seq:
-                    self._outlet.wrote(seq)  # a lost, forged or foreign one: one full round, not one per hint
+                    told = seq
                     agenda.full()
 
     # -- rounds --------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import asyncio
 import re
 from typing import TYPE_CHECKING, Final
 
+from syncd.crashpoints import crash_point
 from syncd.store.base import CHANNELS, GENERATIONS, NUID_PREFIX, BadMeta
 from syncd.store.mapping import GENERATION, KEY_SET, KIND, PUBLISHER
 from syncd.trust import KEYS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
     from syncd.store.base import Bucket, ObjectInfo
 
@@ -37,19 +38,27 @@ def _is_key_set(info: ObjectInfo) -> bool:
     return info.name.startswith(KEYS) and info.metadata.get(KIND) == KEY_SET
 
 
-async def drop_generations(bucket: Bucket) -> None:
+async def drop_generations(bucket: Bucket, freeing: Callable[[Collection[str]], Awaitable[None]]) -> None:
     """Remove channels, generations and blobs, then mark the bucket as of the objects layout.
 
     Channels go first: a subscriber that finds none waits, and takes nothing for deleted.
+
+    :param freeing: told of blobs before they are removed: for a moment longer the server refuses them as duplicates,
+        and whoever changes the layout back must not take that for "it is there".
     """
     found = [info async for info in _live(bucket) if is_history(info) or _is_key_set(info)]
     found.sort(key=lambda info: info.name)  # channels/ before generations/
     await _delete(bucket, found)
+    crash_point("history_dropped")
     await bucket.set_layout("objects")
+    crash_point("layout_marked")
     async for page in bucket.list_chunks():
         blobs = [name for name in page if is_blob(name)]
         for start in range(0, len(blobs), PAGE):
-            await bucket.remove_blobs(blobs[start : start + PAGE])
+            some = blobs[start : start + PAGE]
+            await freeing(some)
+            await bucket.remove_blobs(some)
+            crash_point("layout_blobs_dropped")
 
 
 async def drop_objects(bucket: Bucket) -> int:
@@ -65,6 +74,7 @@ async def drop_objects(bucket: Bucket) -> int:
             count += len(found)
             found = []
     await _delete(bucket, found)
+    crash_point("objects_dropped")
     return count + len(found)
 
 
@@ -81,6 +91,7 @@ async def _delete(bucket: Bucket, infos: list[ObjectInfo]) -> None:
     async def one(info: ObjectInfo) -> None:
         async with gate:
             await bucket.delete(info.name, expected_seq=None, metadata={})
+            crash_point("layout_meta_dropped")
             if info.nuid.startswith(NUID_PREFIX) and info.chunks:
                 await bucket.remove_chunks(info.nuid)
 

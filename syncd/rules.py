@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 IGNORE_FILE = ".syncdignore"
 
 MAX_PATTERN = 8192
+MAX_ANY = 8
+"""Each ``**`` may be anywhere: a mirrored ``.syncdignore`` decides about every path, and paths are deep."""
 _REMEMBERED_DIRS = 1000
 _STAR = "[^/]*"
 _END = "(?:(?P<ps_d>/)|$)"
@@ -159,6 +161,10 @@ def _parse(line: str) -> _Pattern | None:
         raise ValueError("nothing left of the pattern")
     if len(core) > MAX_PATTERN:
         raise ValueError("longer than any path")
+    if core.split("/").count("**") > MAX_ANY:
+        raise ValueError(f"more than {MAX_ANY} times **")
+    if "[[:" in core:
+        raise ValueError("classes like [[:alpha:]] are not known")
     anchored = "/" in body.rstrip("/")
     inside = core.endswith("/**")
     if inside:

@@ -199,7 +199,11 @@ class Standing:
 
 
 def _read(note: str) -> _State:
+    """Read what was noted; what is damaged is forgotten, as with a new index."""
+    blank = _State()
     try:
-        return _State(**json.loads(note)) if note else _State()
-    except (ValueError, TypeError):
-        return _State()
+        state = _State(**json.loads(note)) if note else blank
+    except (ValueError, TypeError, RecursionError):
+        return blank
+    sound = all(type(getattr(state, name)) is type(value) for name, value in asdict(blank).items())
+    return state if sound else blank

@@ -50,16 +50,18 @@ class Catalogue:
     :ivar classes: letter -> title.
     :ivar faults: id -> sentence, in the order of the list.
     :ivar reasons: id -> why no test provokes it.
+    :ivar notes: id -> what of it no test provokes, or people do by hand.
     """
 
     classes: Mapping[str, str]
     faults: Mapping[str, str]
     reasons: Mapping[str, str]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path = CATALOGUE) -> Self:
         fields = tomllib.loads(file.read_text())
-        return cls(fields["classes"], fields["faults"], fields["reasons"])
+        return cls(fields["classes"], fields["faults"], fields["reasons"], fields["notes"])
 
     def check(self, marked: Iterable[Marked]) -> list[str]:
         """What does not fit together, one line each."""
@@ -75,6 +77,8 @@ class Catalogue:
             ),
             *(f"{one}: a reason for what is no fault" for one in self.reasons if one not in self.faults),
             *(f"{one}: has tests, and a reason why it has none" for one in self.reasons if one in provoked),
+            *(f"{one}: a note on what is no fault" for one in self.notes if one not in self.faults),
+            *(f"{one}: a note, and no test that it is about" for one in self.notes if one in self.reasons),
             *(
                 f"{one}: no test is marked with it, and [reasons] of {CATALOGUE.name} does not say why"
                 for one in self.faults
@@ -275,6 +279,11 @@ input, or one repetition (a kill, a power cut) within a test. How to make this p
 """
 
 
+NOT_COVERED = "Not covered: "
+NOTE = "Left out: "
+"""What begins the sentence of a note."""
+
+
 def render(catalogue: Catalogue, marked: Sequence[Marked], results: Results) -> str:
     """The page."""
     lines = [HEAD, *_summary(catalogue, marked, results)]
@@ -284,9 +293,11 @@ def render(catalogue: Catalogue, marked: Sequence[Marked], results: Results) -> 
             letter = one.rstrip("0123456789")
             lines += [f"## {letter}. {catalogue.classes[letter]}", ""]
         lines += [f"### {one}", "", sentence, ""]
+        if one in catalogue.notes:
+            lines += [f"{NOTE}{catalogue.notes[one]}", ""]
         tests = [test for test in marked if one in test.ids]
         if not tests:
-            lines += [f"Not covered: {catalogue.reasons.get(one, 'no test bears this number yet.')}", ""]
+            lines += [f"{NOT_COVERED}{catalogue.reasons.get(one, 'no test bears this number yet.')}", ""]
             continue
         lines += ["| test | what it does | runs | result |", "|---|---|---:|---|"]
         for test in tests:
@@ -318,7 +329,7 @@ def _cell(text: str) -> str:
 
 
 def shown_on(page: str) -> dict[str, set[str]]:
-    """What a page says: id -> names of tests; "" among them where it says why there are none."""
+    """What a page says: id -> names of tests, and the sentences of why there are none, or what they leave out."""
     found: dict[str, set[str]] = {}
     tests: set[str] = set()
     for line in page.splitlines():
@@ -326,8 +337,9 @@ def shown_on(page: str) -> dict[str, set[str]]:
             tests = found.setdefault(line.removeprefix("### "), set())
         elif line.startswith("| `"):
             tests.add(line.split("`")[1])
-        elif line.startswith("Not covered: "):
-            tests.add(line.removeprefix("Not covered: "))
+        for word in (NOT_COVERED, NOTE):
+            if line.startswith(word):
+                tests.add(line.removeprefix(word))
     return found
 
 

@@ -317,10 +317,11 @@ class Blobs:
         self._db.many("DELETE FROM node WHERE key >= ? AND key < ?", (key_range(path) for path in paths))
 
     def clear(self) -> None:
-        """Forget everything: the bucket is another one."""
+        """Forget everything but recent removals: the bucket is another one, or had another layout a moment ago."""
         with self._db.transaction():
-            for table in ("blob", "located", "node"):
+            for table in ("located", "node"):
                 self._db.run(f"DELETE FROM {table}")  # noqa: S608
+            self._db.run("DELETE FROM blob WHERE freed = 0")
 
     def clear_nodes(self) -> None:
         """Forget all nodes."""

@@ -359,6 +359,10 @@ class Index(Database):
         """Begin a complete listing of the bucket."""
         self.run("DELETE FROM temp.listed")
 
+    def forget_sequences(self) -> None:
+        """Let whatever is listed next replace what is stored: the bucket is another one, or was set back."""
+        self.run("UPDATE remote SET seq = 0 WHERE via = ''")
+
     def drop_unlisted(self) -> None:
         """Forget what the listing begun last did not bring; what came through links is left alone."""
         self.run(
@@ -399,10 +403,14 @@ class Index(Database):
         self.run("DELETE FROM remote")
 
     def forget_bucket(self) -> None:
-        """Forget all that was ever known of the bucket, whatever its layout."""
+        """Forget all that was ever known of the bucket, whatever its layout, but for what was just removed from it.
+
+        The server takes the blob's marker for the blob a moment longer: sent again, it has to replace that.
+        """
         with self.transaction():
-            for table in ("remote", "garbage", "blob", "located", "node"):
+            for table in ("remote", "garbage", "located", "node"):
                 self.run(f"DELETE FROM {table}")  # noqa: S608
+            self.run("DELETE FROM blob WHERE freed = 0")
             for note in ("bucket", "position", "head"):
                 self.set_note(note, "")
             self.set_note("position", "0")

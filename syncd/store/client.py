@@ -6,11 +6,15 @@ The overrides are of nats-py 2.16; a test notices when a newer one has other inn
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import struct
+import termios
 from typing import TYPE_CHECKING, Any, Final
 
 import nats.aio.client
 import nats.errors
 from nats.aio.client import Client
+from nats.protocol.parser import AWAITING_MSG_PAYLOAD
 
 from syncd.errors import StoreRejected
 
@@ -93,6 +97,24 @@ class OneClient(Client):
             writer.transport.abort()
         if self.on_lost is not None:
             self.on_lost()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes on their way out: in nats-py's buffer, asyncio's, and the kernel's, until the other end has them."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is None or (sock := writer.get_extra_info("socket")) is None or sock.fileno() < 0:
+            return self._pending_data_size
+        (queued,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
+        return self._pending_data_size + int(writer.transport.get_write_buffer_size()) + int(queued)
+
+    @property
+    def arriving(self) -> int:
+        """Bytes that are here of a message which is not whole yet."""
+        return len(self._ps.buf) if self._ps.state == AWAITING_MSG_PAYLOAD else 0
+
+    def note_life(self) -> None:
+        """Count the unanswered pings anew: on a slow line the answers stand behind a message that takes a minute."""
+        self._pings_outstanding = 0
 
     def loops(self) -> set[asyncio.Task[Any]]:
         """The tasks without which the client is dead, whatever its status says."""

@@ -46,7 +46,6 @@ from syncd.store.reasons import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
@@ -383,7 +382,7 @@ class Connection:
 
     # --- use ---
 
-    async def client(self, max_seconds: float = 10) -> Client:
+    async def client(self, max_seconds: float = 10) -> OneClient:
         """Return the connected client; it belongs to the current ``epoch``.
 
         :raises Unavailable, NotPermitted: none within ``max_seconds``; names the last error.
@@ -523,10 +522,10 @@ async def require_jetstream(conn: Connection) -> None:
         raise Unavailable(f"JetStream is not enabled on nats server at {conn.host}", hint=hint) from None
     try:
         error = json.loads(answer.data).get("error") or {}
-        code, text = error.get("err_code", 0), str(error.get("description", ""))
-    except (ValueError, AttributeError):
+        is_disabled, text = error.get("err_code", 0) in _JETSTREAM_NOT_ENABLED, str(error.get("description", ""))
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise Unavailable(f"nats server at {conn.host} gave no readable answer on {conn.api}.INFO") from None
-    if code in _JETSTREAM_NOT_ENABLED:
+    if is_disabled:
         raise Unavailable(
             f"JetStream is not enabled for our account on nats server at {conn.host}",
             hint="enable jetstream for the account",

@@ -5,7 +5,9 @@ Rules kept here:
  * one core subscription on the republished metadata serves every bucket that syncd made, whether it exists yet or
    not; a bucket of somebody else's gets an ephemeral push consumer beside it; where that is not permitted either, the
    caller's timer and reconnects are all there is;
- * a consumer that died silently (server restart, stream re-created) is noticed by its missing heartbeats;
+ * a consumer that died silently (server restart, stream re-created) is noticed by its missing heartbeats; the core
+   subscription has none: it is renewed whenever the caller's time passed without a hint (a right that was taken and
+   given back, an import of the account that was removed: the server forgets it for good);
  * state is bounded: one event, one number. One task, and it ends with the context.
 """
 
@@ -73,6 +75,7 @@ class NatsHints:
         self._woken = asyncio.Event()
         self._seq = 0
         self._examine = True
+        self._silent = False
         self._created = ""
         self._core: Subscription | None = None
         self._push: Subscription | None = None
@@ -85,7 +88,7 @@ class NatsHints:
             async with asyncio.timeout(max_seconds):
                 await self._woken.wait()
         except TimeoutError:
-            self._examine = True
+            self._examine = self._silent = True
             return 0
         self._woken.clear()
         seq, self._seq = self._seq, 0
@@ -118,6 +121,8 @@ class NatsHints:
                     if self._examine and loop.time() >= retry_at:
                         self._examine = False
                         retry_at = loop.time() + RETRY_SECONDS
+                        if self._silent:
+                            await self._renew(client)
                         await self._look(client)
                 except SyncdError as error:
                     self._note_mode(f"waiting: {error.message}")
@@ -130,7 +135,16 @@ class NatsHints:
     async def _subscribe(self, client: Client) -> None:
         """Listen for republished metadata on a new connection (subscriptions end with theirs)."""
         self._core = self._push = None
+        await self._listen(client)
 
+    async def _renew(self, client: Client) -> None:
+        """Listen anew: silence does not tell whether the server still knows of us. The old one ends after that."""
+        self._silent = False
+        before, self._core = self._core, None
+        await self._listen(client)
+        await _unsubscribe(before)
+
+    async def _listen(self, client: Client) -> None:
         async def on_republished(message: Msg) -> None:
             self._wake(header_int(message.headers or {}, "Nats-Sequence"))
 

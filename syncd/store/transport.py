@@ -6,7 +6,8 @@ takes all answers in a callback (docs/performance.md). Rules kept here:
    old order; :class:`Outgoing` says how a doubled one is recognised (``Nats-Msg-Id``);
  * the window is bounded in bytes and adapts to the link: acknowledgements that come late make it smaller, so that a
    slow link is neither flooded (its PONGs would drown) nor declared dead;
- * silence is bounded, durations are not: while acknowledgements or pages arrive, nobody gives up;
+ * silence is bounded, durations are not: while acknowledgements or pages arrive, or any part of one (a blob of 512 KiB
+   takes 52 s at 10 kB/s), or our own buffers drain, nobody gives up, and nothing is sent twice;
  * one minder task lives exactly as long as something waits; nothing else runs in the background;
  * only :class:`SyncdError` leaves this module.
 """
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
+    from syncd.store.client import OneClient
     from syncd.store.connection import Connection
 
 MIN_WINDOW: Final = 160 * 1024
@@ -56,7 +58,6 @@ TICK_SECONDS: Final = 0.25
 OFFLINE_SECONDS: Final = 60.0
 META_SILENCE_SECONDS: Final = 5.0
 CHUNK_SILENCE_SECONDS: Final = 20.0
-"""A chunk of 128 KiB takes 13 s at 10 kB/s, and nats-py tells of whole messages only."""
 PAGE_TRIES: Final = 6
 PAGE_SHARE: Final = 4
 """A page is given up at so many times the size that was asked for."""
@@ -140,20 +141,20 @@ class Transport:
         self.writing = Window()
         self.reading = Window()
         self._epoch = 0
-        self._client: Client | None = None
+        self._client: OneClient | None = None
         self._inbox = ""
         self._orders = itertools.count(1)
         self._ordered = asyncio.Lock()  # held while something is sent again: nothing may overtake it
         self._minder: asyncio.Task[None] | None = None
         self._out: dict[int, Outgoing] = {}
         self._lanes: dict[str, Lane] = {}
-        self._undrained = 0
+        self._undrained = self._arriving = 0
         self._pages: dict[int, _PageWait] = {}
         self._watches: dict[str, Callable[[], None]] = {}
 
     # -- the connection's inbox ---------------------------------------------------------------------------------
 
-    async def _attach(self, max_seconds: float) -> Client:
+    async def _attach(self, max_seconds: float) -> OneClient:
         """Return the connected client, with our inbox subscribed and all that is unacknowledged sent again.
 
         :raises SyncdError: not connected within ``max_seconds``, or to a server that is too old.
@@ -188,7 +189,7 @@ class Transport:
             await self._send_again(client, list(self._out.values()))
             return client
 
-    def _is_current(self, client: Client) -> bool:
+    def _is_current(self, client: OneClient) -> bool:
         return self._epoch == self.conn.epoch and client.is_connected
 
     def _watch_inbox(self, inbox: str) -> None:
@@ -231,7 +232,7 @@ class Transport:
 
     def _mind(self) -> None:
         if self._minder is None or self._minder.done():
-            self._undrained = 0
+            self._undrained = self._arriving = 0
             self._minder = asyncio.get_running_loop().create_task(self._mind_all(), name="store-transport")
 
     async def _mind_all(self) -> None:
@@ -248,17 +249,22 @@ class Transport:
                     await asyncio.sleep(TICK_SECONDS)
                 continue
             now = loop.time()
+            waiting, arriving = client.unsent, client.arriving
+            moves = waiting < self._undrained or arriving > self._arriving
+            if moves:
+                client.note_life()
             for page in list(self._pages.values()):
+                if moves:
+                    page.heard = now
                 if now - page.heard > page.silence and not page.done.done():
                     page.done.set_exception(StoreTimeout(f"{page.subject}: silent for {page.silence:g} s"))
-            waiting = client.pending_data_size
             for name, lane in list(self._lanes.items()):
-                if waiting < self._undrained:
+                if moves:
                     lane.heard(now)
                 await self._mind_lane(
                     client, name, lane.due(now, drained=not waiting, quick=self.writing.limit >= QUICK_WINDOW)
                 )
-            self._undrained = waiting
+            self._undrained, self._arriving = waiting, arriving
 
     async def _come_back(self) -> None:
         try:
@@ -267,7 +273,7 @@ class Transport:
             for out in list(self._out.values()):
                 self._fail(out, error)
 
-    async def _mind_lane(self, client: Client, name: str, due: Due) -> None:
+    async def _mind_lane(self, client: OneClient, name: str, due: Due) -> None:
         for out, error in due.fail:
             self._fail(out, error)
         if due.ask and await self._is_gone(name):

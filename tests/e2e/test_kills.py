@@ -275,9 +275,10 @@ class Bench:
 
     def kill_collector(self, crash: str, kill_after: float | None = None, *, goes_on: bool = False) -> bool:
         """Nothing goes that is needed: somebody new gets all of it."""
+        waits = {"grace": 1000.0} if self.layout == "objects" else {}  # else a push frees what it replaces
         for _ in range(2):
             self.next_scene()
-            self.number = self.ends(self.publish("push"))["generation"]
+            self.number = self.ends(self.publish("push", **waits))["generation"]
         killed = self.died(self.publish("collect", crash=crash), kill_after)
         fresh = self.directory / "fresh"
         self.ends(self.subscribe(mirror=fresh))

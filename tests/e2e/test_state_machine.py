@@ -1,9 +1,10 @@
 """One publisher, three subscribers, and everything that can happen to them, in orders that nobody thought of.
 
 A hypothesis state machine. Its rules change the source, publish, pull, promote and roll back, cut and mend the network
-of one subscriber, kill or freeze publisher and subscribers at named points, edit and add files in the mirrors, collect
-garbage. Two subscribers follow ``head``, one repairing drift and one keeping it; the third follows ``stable``, and
-keeps releases. Each process is a real one (:mod:`tests.support.forks`), so is the server, and a kill is SIGKILL.
+of the publisher and of one subscriber, kill and restart the server, kill or freeze publisher and subscribers at named
+points, edit and add files in the mirrors, collect garbage. Mostly two subscribers follow ``head``, one repairing drift
+and one keeping it, and the third follows ``stable`` and keeps releases; some examples have other roles. Each process is
+a real one (:mod:`tests.support.forks`), so is the server, and a kill is SIGKILL.
 
 What holds after every step:
 
@@ -81,14 +82,25 @@ PULL_POINTS = {
 PUSH_POINTS = sorted(point.name for point in points("publisher", "generations"))
 COLLECT_POINTS = sorted(point.name for point in points("collector", "generations"))
 
+Tree = dict[str, tuple[Any, ...]]
+Shape = tuple[str, str, Mode]
 PATHS = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map("/".join)
 CONTENTS = st.tuples(st.sampled_from(SIZES), st.integers(0, 3))
 PUSH = st.sampled_from([True, True, False])
 """Whether a change is published at once."""
+LOST_TOUCH = {"Unavailable", "StoreTimeout"}
+"""What a process may end with whose network was cut meanwhile."""
+USUAL: tuple[Shape, ...] = (("repair", "head", "mirror"), ("keep", "head", "mirror"), ("repair", "stable", "release"))
+SHAPES: list[tuple[Shape, ...]] = [
+    USUAL,
+    USUAL,
+    (("repair", "stable", "mirror"), ("keep", "head", "mirror"), ("repair", "head", "release")),
+    (("repair", "head", "mirror"), ("keep", "stable", "mirror"), ("repair", "head", "release")),
+]
+"""Drift policy, channel and mode of the three subscribers."""
 WHICH = st.integers(0, 99)
 """Which of what there is: a number modulo how many there are."""
 
-Tree = dict[str, tuple[Any, ...]]
 T = TypeVar("T")
 
 
@@ -240,11 +252,10 @@ class Fleet(RuleBasedStateMachine):
         self.pending: Commit | None = None
         self.push_job: Job | None = None
         self.push_since = 0
-        self.hosts = [
-            self.host("repair", "head", "mirror"),
-            self.host("keep", "head", "mirror"),
-            self.host("repair", "stable", "release"),
-        ]
+        self.push_torn = False
+        self.net = Proxy(self.server.port)
+        self.restarted = False
+        self.hosts: list[Host] = []
         (base / "syncd.toml").write_text(f'[nats]\nservers = ["{self.server.url}"]\n')
         self.untouched = self.stamps()
         self.locals = count(1)
@@ -283,8 +294,11 @@ class Fleet(RuleBasedStateMachine):
     def paths(self) -> list[str]:
         return sorted(path for path in self.written if path != "keep")
 
-    @initialize(paths=st.lists(st.tuples(PATHS, CONTENTS), max_size=8), begin=st.integers(0, 9))
-    def plant(self, paths: list[tuple[str, tuple[int, int]]], begin: int) -> None:
+    @initialize(
+        shapes=st.sampled_from(SHAPES), paths=st.lists(st.tuples(PATHS, CONTENTS), max_size=8), begin=st.integers(0, 9)
+    )
+    def plant(self, shapes: tuple[Shape, ...], paths: list[tuple[str, tuple[int, int]]], begin: int) -> None:
+        self.hosts = [self.host(*shape) for shape in shapes]
         for path, what in paths:
             self.place(path).write_bytes(content(*what))
         self.wrote(push=begin < 9)
@@ -366,16 +380,18 @@ class Fleet(RuleBasedStateMachine):
     def publisher(self, task: str, **more: Any) -> Job:
         return self.forks.start(
             FLEET + task,
-            url=self.server.url,
+            url=self.net.url,
             folder=self.folder,
             source=str(self.source),
             index=str(self.base / "publisher.db"),
+            offline=self.net.is_cut,
             **more,
         )
 
     def begin_push(self, **how: Any) -> None:
         self.pending = Commit(self.written, root_digest(self.source))
         self.push_since = len(self.moves["head"])
+        self.push_torn = self.net.is_cut
         self.push_job = self.publisher("push", **how)
 
     def take_commit(self, number: int) -> Commit:
@@ -398,8 +414,8 @@ class Fleet(RuleBasedStateMachine):
         note(f"    {self.push_job.what}: {outcome}")
         self.push_job = None
         self.seen["pushes killed" if outcome.killed else outcome.error or "pushes"] += 1
-        if outcome.killed:
-            self.look_at_head()
+        if outcome.killed or (self.push_torn and outcome.error in LOST_TOUCH):
+            self.look_at_head()  # it may be committed, and its acknowledgement lost
         elif outcome.error:
             assert outcome.error == "WriteConflict", outcome
             assert len(self.moves["head"]) > self.push_since, "nobody moved the head"
@@ -449,6 +465,9 @@ class Fleet(RuleBasedStateMachine):
         if self.is_publishing or not self.has_bucket():
             return
         outcome = self.publisher("collect", crash=point, keep=KEPT).wait()
+        if self.net.is_cut:
+            assert outcome.error in LOST_TOUCH, outcome
+            return
         assert not outcome.error, outcome
         kept = set(sorted(self.alive)[-KEPT:]) | {moves[-1] for moves in self.moves.values()}
         self.alive &= kept  # where it was killed: some of the others may still be there
@@ -535,7 +554,7 @@ class Fleet(RuleBasedStateMachine):
     def expected_errors(self, host: Host, goals: set[int]) -> set[str]:
         expected = set()
         if host.torn:
-            expected |= {"Unavailable", "StoreTimeout"}
+            expected |= LOST_TOUCH
         if 0 in goals:
             expected |= {"NoGeneration", "BucketNotFound"}
         if host.stale or not goals <= self.alive:
@@ -674,6 +693,45 @@ class Fleet(RuleBasedStateMachine):
         if host is not None:
             host.proxy.mend()
 
+    @rule()
+    def cut_publisher(self) -> None:
+        self.net.cut()
+        self.push_torn = True
+
+    @rule()
+    def mend_publisher(self) -> None:
+        self.net.mend()
+
+    @rule(path=PATHS, what=CONTENTS, size=st.integers(1, 9_000))
+    def push_stutters(self, path: str, what: tuple[int, int], size: int) -> None:
+        """A connection that ends while something is published, and comes back."""
+        if self.is_publishing or self.net.is_cut:
+            return
+        self.write(path, what, MODES[0], push=False)
+        self.net.cut_after(size)
+        self.begin_push()
+        assert self.push_job is not None
+        while not self.net.was_cut.wait(0.005) and not self.push_job.has_ended():
+            pass
+        self.push_torn = self.net.is_cut
+        self.net.mend()
+        self.end_push(self.push_job.wait())
+
+    @rule(kill=st.sampled_from([True, True, False]))
+    def restart_server(self, kill: bool) -> None:
+        """Once in an example: it takes a while. What is frozen meanwhile finds its connection gone."""
+        if self.restarted:
+            return
+        self.restarted = True
+        self.seen["servers killed" if kill else "servers stopped"] += 1
+        self.push_torn = True
+        for host in self.hosts:
+            host.torn = True
+        self.server.restart(kill=kill)
+        deadline = time.monotonic() + 20
+        while self.forks.run(FLEET + "channel", url=self.server.url, folder=self.folder).error in LOST_TOUCH:
+            assert time.monotonic() < deadline, "the server does not come back"
+
     # -- what others do in the mirrors ---------------------------------------------------------------------------------
 
     def quiet(self, which: int) -> Host | None:
@@ -762,6 +820,7 @@ class Fleet(RuleBasedStateMachine):
     @rule()
     def heal(self) -> None:
         """Everything works again: each mirror equals what its channel points at."""
+        self.net.mend()
         self.push_goes_on(kill=False)
         for host in self.hosts:
             host.proxy.mend()
@@ -839,12 +898,13 @@ class Fleet(RuleBasedStateMachine):
             for job in [self.push_job, *(host.job for host in self.hosts)]:
                 if job is not None:
                     job.kill()
-            for host in self.hosts:
-                host.proxy.close()
+            for proxy in [self.net, *(host.proxy for host in self.hosts)]:
+                proxy.close()
         shutil.rmtree(self.base)
 
     def finish(self) -> None:
         """All is healed, and nothing is left of what was."""
+        self.net.mend()
         self.push_goes_on(kill=False)
         self.push()
         self.heal()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from syncd.outlet import PublishOptions
@@ -37,4 +38,4 @@ async def test_one_push_after_the_other_frees_what_was_replaced_once(tmp_path: P
 
         seqs = [await push(number) for number in range(10)]
     # Of each file: a chunk, its metadata, and what removes the chunk before.
-    assert max(after - before for before, after in zip(seqs, seqs[1:], strict=False)) <= 3 * FILES + 2
+    assert max(after - before for before, after in pairwise(seqs)) <= 3 * FILES + 2

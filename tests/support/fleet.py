@@ -75,11 +75,24 @@ def _publisher(
 
 
 async def push(
-    *, url: str, folder: str, source: str, index: str, layout: str = "generations", keep: int = 0, grace: float = 0.0
+    *,
+    url: str,
+    folder: str,
+    source: str,
+    index: str,
+    layout: str = "generations",
+    keep: int = 0,
+    grace: float = 0.0,
+    offline: bool = False,
+    change_layout: bool = False,
 ) -> dict[str, Any]:
-    async with _store(url) as store:
+    """Publish once.
+
+    :param offline: the server cannot be reached.
+    """
+    async with _store(url, OFFLINE_SECONDS if offline else CONNECT_SECONDS) as store:
         done = await _publisher(store, folder, source, index, layout=layout, keep=keep, grace=grace).push(
-            allow_delete=True
+            allow_delete=True, change_layout=change_layout
         )
     return {
         "generation": done.generation,
@@ -91,12 +104,20 @@ async def push(
 
 
 async def collect(
-    *, url: str, folder: str, source: str, index: str, layout: str = "generations", keep: int = 0, grace: float = 0.0
+    *,
+    url: str,
+    folder: str,
+    source: str,
+    index: str,
+    layout: str = "generations",
+    keep: int = 0,
+    grace: float = 0.0,
+    offline: bool = False,
 ) -> dict[str, Any]:
     """Free what nothing kept reaches; the objects layout does so with each push."""
     if layout != "generations":
         return await push(url=url, folder=folder, source=source, index=index, layout=layout, grace=grace)
-    async with _store(url) as store:
+    async with _store(url, OFFLINE_SECONDS if offline else CONNECT_SECONDS) as store:
         done = await _publisher(store, folder, source, index, layout=layout, keep=keep, grace=grace).collect()
     return {"removed": done.generations_removed, "freed": done.freed_blobs}
 
@@ -230,7 +251,11 @@ class Proxy:
         if self.is_cut:
             writer.transport.abort()
             return
-        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:  # the server is away
+            writer.transport.abort()
+            return
         self._open |= {writer, back}
         if self.is_cut:
             writer.transport.abort()

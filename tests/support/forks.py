@@ -284,6 +284,7 @@ def _perform(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    importlib.import_module("tests.support.fleet")
+    for module in ("tests.support.fleet", "tests.support.returns"):
+        importlib.import_module(module)
     gc.freeze()
     _Nursery(Path(sys.argv[1])).serve()

@@ -11,7 +11,7 @@ from typing import Literal
 
 Layout = Literal["generations", "objects"]
 Mode = Literal["mirror", "release"]
-Role = Literal["subscriber", "publisher", "collector"]
+Role = Literal["subscriber", "publisher", "collector", "converter", "cleaner", "mover"]
 
 BOTH: tuple[Layout, ...] = ("generations", "objects")
 GENERATIONS: tuple[Layout, ...] = ("generations",)
@@ -25,7 +25,9 @@ RELEASE: tuple[Mode, ...] = ("release",)
 class KillPoint:
     """One crash point.
 
-    :ivar role: whose process passes it; a collector is a publisher that frees what nothing needs.
+    :ivar role: whose process passes it; a collector is a publisher that frees what nothing needs, a converter one that
+        gives its bucket another layout, a cleaner a subscriber that removes strangers, a mover a person's command.
+    :ivar layouts: of the bucket; of what a converter makes of it.
     :ivar modes: of the mirror, for a subscriber: those in which it is passed.
     :ivar hooked: it is passed with hooks only.
     """
@@ -69,7 +71,9 @@ POINTS: tuple[KillPoint, ...] = (
     KillPoint("generation_applied", "subscriber", GENERATIONS),
     KillPoint("remembered", "subscriber", GENERATIONS),
     # hooks
+    KillPoint("check_built", "subscriber", GENERATIONS, MIRROR, hooked=True),
     KillPoint("checked", "subscriber", GENERATIONS, hooked=True),
+    KillPoint("check_dropped", "subscriber", GENERATIONS, MIRROR, hooked=True),
     KillPoint("hooks_begun", "subscriber", GENERATIONS, hooked=True),
     KillPoint("hook_ended", "subscriber", GENERATIONS, hooked=True),
     KillPoint("hooks_done", "subscriber", GENERATIONS, hooked=True),
@@ -86,6 +90,15 @@ POINTS: tuple[KillPoint, ...] = (
     KillPoint("blobs_forgotten", "collector", GENERATIONS),
     KillPoint("blobs_freed", "collector", GENERATIONS),
     KillPoint("garbage_freed", "collector", OBJECTS),
+    # another layout
+    KillPoint("layout_meta_dropped", "converter"),
+    KillPoint("objects_dropped", "converter", GENERATIONS),
+    KillPoint("history_dropped", "converter", OBJECTS),
+    KillPoint("layout_marked", "converter", OBJECTS),
+    KillPoint("layout_blobs_dropped", "converter", OBJECTS),
+    # once in a while
+    KillPoint("extraneous_removed", "cleaner"),
+    KillPoint("channel_moved", "mover", GENERATIONS),
 )
 
 

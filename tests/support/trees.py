@@ -62,7 +62,7 @@ async def equal_trees(left: Path, right: Path, seconds: float = 60.0) -> None:
     while True:
         try:
             wrong = await asyncio.to_thread(difference, left, right)
-        except FileNotFoundError:  # a file went away between listing and reading: they are changing
+        except (FileNotFoundError, NotADirectoryError):  # it went away between listing and reading: they are changing
             wrong = {"?": (None, None)}
         if not wrong:
             return

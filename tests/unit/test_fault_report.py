@@ -75,6 +75,7 @@ CATALOGUE = Catalogue(
     {"A": "One class", "B": "Another"},
     {"A1": "One.", "A2": "Two.", "A3": "Three.", "B1": "Four.", "B2": "Five.", "B3": "Six."},
     {"B3": "Nobody knows how."},
+    {"A1": "The half of it."},
 )
 
 
@@ -187,7 +188,7 @@ def test_the_page_says_which_test_is_for_which_fault(made: Path) -> None:
     """With or without results; where there is none, why."""
     page = render(CATALOGUE, marked_tests(made, made), Results())
     assert shown_on(page) == {
-        "A1": {"test_made.py::test_cases", "test_made.py::TestTogether::test_within"},
+        "A1": {"test_made.py::test_cases", "test_made.py::TestTogether::test_within", "The half of it."},
         "A2": {"test_made.py::test_cases", "test_made.py::test_that_repeats"},
         "A3": {"test_made.py::test_cases"},
         "B1": {"test_made.py::test_that_repeats", "test_made.py::test_of_many_examples"},
@@ -195,10 +196,11 @@ def test_the_page_says_which_test_is_for_which_fault(made: Path) -> None:
         "B3": {"Nobody knows how."},
     }
     assert page.index("## A. One class") < page.index("### A3") < page.index("## B. Another") < page.index("### B3")
+    assert "\n### A1\n\nOne.\n\nLeft out: The half of it.\n\n| test" in page
 
 
 def test_a_page_that_is_out_of_step_is_found_out(made: Path) -> None:
-    """A test that is new, one that is gone, a line that is new, another reason."""
+    """A test that is new, one that is gone, a line that is new, another reason, another note."""
     marked = marked_tests(made, made)
     page = render(CATALOGUE, marked, Results())
     assert out_of_step(page, CATALOGUE, marked) == []
@@ -206,9 +208,16 @@ def test_a_page_that_is_out_of_step_is_found_out(made: Path) -> None:
     assert out_of_step(page, CATALOGUE, [*marked, Marked("test_made.py::test_new", ("B2",), "")]) == [
         "B2: test_made.py::test_new is missing on the page"
     ]
-    more = Catalogue(CATALOGUE.classes, {**CATALOGUE.faults, "B4": "Seven."}, {"B3": "Another reason.", "B4": "None."})
+    more = Catalogue(
+        CATALOGUE.classes,
+        {**CATALOGUE.faults, "B4": "Seven."},
+        {"B3": "Another reason.", "B4": "None."},
+        {"A1": "The other half."},
+    )
     assert out_of_step(page, more, marked) == [
         "B4: on one side only",
+        "A1: The other half. is missing on the page",
+        "A1: The half of it. is on the page, and nowhere else",
         "B3: Another reason. is missing on the page",
         "B3: Nobody knows how. is on the page, and nowhere else",
     ]
@@ -223,6 +232,12 @@ def test_a_page_that_is_out_of_step_is_found_out(made: Path) -> None:
         (CATALOGUE, "A1 A2 A3 B1 B2 B22", ["it is marked with B22, which is not in the catalogue"]),
         (Catalogue({"A": ""}, {"A1": "", "B1": ""}, {}), "A1 B1", ["B1: nobody's class"]),
         (Catalogue({"A": ""}, {"A1": ""}, {"A2": ""}), "A1", ["A2: a reason for what is no fault"]),
+        (Catalogue({"A": ""}, {"A1": ""}, {}, {"A2": ""}), "A1", ["A2: a note on what is no fault"]),
+        (
+            Catalogue({"A": ""}, {"A1": "", "A2": ""}, {"A2": ""}, {"A2": ""}),
+            "A1",
+            ["A2: a note, and no test that it is about"],
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_told(catalogue: Catalogue, ids: str, wrong: list[str]) -> None:

@@ -259,16 +259,17 @@ LINKED = {MOVE: encode_move(next(iter(test_trust.MOVES.values()))).decode(), SIG
 put = partial(wire.encode_put, "B", nuid="syncd-n", now_ns=NOW)
 
 
-def messages_of(name: str) -> list[bytes]:
+def messages_of(name: str, bucket: str = "B") -> list[bytes]:
     """What syncd and others write for a name."""
+    put = partial(wire.encode_put, bucket, nuid="syncd-n", now_ns=NOW)
     dump = {"name": name, "nuid": "js", "size": 5, "chunks": 1, "headers": {"a": "plain"}, "options": None}
     return [
         put(ObjectMeta(name, "d", {"Content-Type": ("text/plain",)}, META), STORED),
         put(ObjectMeta(name, metadata={**META, "syncd-kind": "symlink", "syncd-target": "../t"}), STORED),
         put(ObjectMeta(name, metadata={**META, "syncd-kind": "dir", "syncd-mode": "0755"}), replace(STORED, size=0)),
-        wire.encode_tombstone("B", name, nuid="n", metadata={"syncd-allowed": "1"}),
-        wire.encode_link("B", name, Link("B", "generations/0000000001"), nuid="n", now_ns=NOW, metadata=LINKED),
-        wire.encode_link("B", name, Link("other", None), nuid="n", now_ns=NOW),
+        wire.encode_tombstone(bucket, name, nuid="n", metadata={"syncd-allowed": "1"}),
+        wire.encode_link(bucket, name, Link(bucket, "generations/0000000001"), nuid="n", now_ns=NOW, metadata=LINKED),
+        wire.encode_link(bucket, name, Link("other", None), nuid="n", now_ns=NOW),
         json.dumps({**dump, "digest": "sha-256=" + "A" * 43}).encode(),
         json.dumps({**dump, "metadata": META, "mtime": "2026-11-21T02:02:45Z"}).encode(),
         b"",
