@@ -745,6 +745,7 @@ async def test_a_channel_or_pin_that_is_not_there_is_told(tmp_path: Path, asks: 
         ('[subscribe.hooks]\napply = ["true"]', ["hooks"]),
         (f'trusted_keys = ["{generate()[1]}"]', ["trusted_keys"]),
     ],
+    ids=["nothing", "release", "channel and pin", "hooks", "keys"],
 )
 async def test_what_needs_generations_is_told_of_an_objects_bucket(tmp_path: Path, asks: str, said: list[str]) -> None:
     store = MemoryStore()
