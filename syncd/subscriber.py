@@ -663,6 +663,7 @@ class Subscriber:
                 self._log.info("generation_rolled_forward")
                 async with self._rollout.going():
                     await self._apply(None, result, Meter(None))
+                self._failures.clear()  # this round compares everything, and repairs what was changed meanwhile
                 await self._end_generation(result)
             elif self._standing.due:
                 self._log.info("hooks_run_again", generation=self._standing.number)

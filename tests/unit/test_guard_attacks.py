@@ -348,8 +348,7 @@ async def test_k9_an_old_sequence_hides_no_revocation(host: Host, monkeypatch: p
 
 
 def failing(mode: Any) -> RolloutOptions:
-    file = "current/f" if mode == "release" else "f"
-    return RolloutOptions(mode=mode, health=("/bin/sh", "-c", f"! grep -q clean {file}"), health_seconds=0)
+    return RolloutOptions(mode=mode, health=("/bin/sh", "-c", '! grep -q clean "$SYNCD_PATH/f"'), health_seconds=0)
 
 
 @pytest.mark.parametrize("mode", ["mirror", "release"])

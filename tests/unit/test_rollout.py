@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from syncd import rollout
+from syncd import subscriber as subscribers
 from syncd.audit import Takes, audit
 from syncd.channels import Channels
 from syncd.checkout import Held
@@ -936,6 +937,40 @@ async def test_a_pin_that_is_damaged_meanwhile_is_told_and_holds(site: Site, tmp
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.fault("C1")
+@pytest.mark.parametrize("change", ["touched", "changed"])
+@pytest.mark.parametrize("meanwhile", ["removed", "replaced", "a directory"])
+async def test_what_was_changed_between_a_crash_and_the_next_start_is_repaired_by_it(
+    site: Site, change: str, meanwhile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after it was in place, and before that was remembered; one start is enough."""
+    await site.push(a="one", b="b")
+    await site.pull()
+    if change == "touched":
+        os.utime(site.source / "a", ns=(0, 4_200_000_000_000_000_001))
+        await site.push()
+    else:
+        await site.push(a="two")
+
+    def point(at: str) -> None:
+        if at == "batch_applied":
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subscribers, "crash_point", point)
+        with pytest.raises(Crash):
+            await site.pull()
+    file = site.root / "a"
+    file.unlink()
+    if meanwhile == "replaced":
+        file.write_text("strange")
+    elif meanwhile == "a directory":
+        file.mkdir()
+    await site.pull()
+    assert site.files() == {"a": (site.source / "a").read_text(), "b": "b"}
+    assert file.stat().st_mtime_ns == (site.source / "a").stat().st_mtime_ns
 
 
 # -- modes -------------------------------------------------------------------------------------------------------------
