@@ -184,6 +184,7 @@ class Host:
     since: int = 0
     explicit: int = 0
     dirty_before: set[str] = field(default_factory=set)
+    pinned_before: set[str] = field(default_factory=set)
 
     @property
     def root(self) -> Path:
@@ -508,6 +509,7 @@ class Fleet(RuleBasedStateMachine):
         host.since = len(self.moves[host.channel]) - 1
         host.explicit = generation
         host.dirty_before = set(host.dirty)
+        host.pinned_before = set(host.pinned)
         host.stale = host.running = False
         host.torn = host.proxy.is_cut
         host.job = self.forks.start(
@@ -573,7 +575,9 @@ class Fleet(RuleBasedStateMachine):
             assert self.may_be_a_problem(host, path), done["problems"]
         if done["exact"]:
             found = host.tree()
-            assert all(found.get(path) == entry or path in host.dirty for path, entry in commit.tree.items()), host.name
+            since = host.dirty | (host.pinned.keys() - host.pinned_before)  # what it may not have seen, being frozen
+            differ = {path for path, entry in commit.tree.items() if found.get(path) != entry} - since
+            assert differ == set(), host.name
         if host.mode == "mirror" and not host.dirty and not host.pinned:
             assert done["exact"]
             assert root_digest(host.mirror) == done["root"]
