@@ -360,12 +360,14 @@ class _Board:
         forgotten, self._forgotten = self._forgotten, set()
         try:
             for key in dirty:
-                self._state.write_status(f"{key}.json", self._statuses[key].to_json())
+                if (status := self._statuses.get(key)) is not None:  # forgotten meanwhile
+                    self._state.write_status(f"{key}.json", status.to_json())
             for key in forgotten:
                 self._state.drop_status(f"{key}.json")
             self._state.write_status(DAEMON_FILE, self._daemon | {"beat": time.time(), "stopped": final})
         except OSError as error:
             self._dirty |= dirty
+            self._forgotten |= forgotten - self._statuses.keys()
             if not self._failing:
                 log.warning("status_not_written", error=str(error))
             self._failing = True

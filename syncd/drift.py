@@ -168,7 +168,10 @@ class DriftCheck:
         for path, expected in _read_note(self._index.note(IN_FLIGHT)):
             if not is_usable(path):  # an older version could write there
                 continue
-            disk = self._mirror.look(path)
+            try:
+                disk = self._mirror.look(path)
+            except DiskProblem:  # unknown: the check says so, and compares by content once it can be looked at
+                continue
             if disk is None and expected is None:
                 gone.append(path)
             if disk is None or expected is None or disk.kind is not expected.kind:
@@ -180,6 +183,13 @@ class DriftCheck:
             self._index.drop_local(gone)
             self._index.put_local(rows)
             self.remembered()
+
+    def leave(self) -> None:
+        """Another tree takes the place of the one that was looked at: what was held there is not held here."""
+        for path in self.held:
+            if self.problems.code(path) in _OURS:
+                self.problems.clear(path)
+        self.held.clear()
 
     # -- the quick check -----------------------------------------------------------------------------------------------
 

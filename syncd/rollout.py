@@ -31,7 +31,7 @@ from syncd.modes import ModePolicy
 from syncd.paths import sort_key
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncIterator, Container, Iterable, Iterator
     from pathlib import Path
 
     from syncd.checkout import Checkout, Target
@@ -136,6 +136,12 @@ class Rollout:
             return False
         return self._checkout.applied().record == self._checkout.target.record or not self.moving()
 
+    def builds_whole(self) -> bool:
+        """Tell whether a whole tree is to be built of the target: a release, or what a check is to see. Blocking."""
+        if self.is_release:
+            return not self.is_current()
+        return bool(self._options.check) and not self._returning and self.moving()
+
     # -- at the start ------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
@@ -184,15 +190,16 @@ class Rollout:
             await asyncio.shield(self._thread.run(self._standing.gave_up))
             raise
 
-    async def check_mirror(self, rows: Iterable[Row]) -> None:
+    async def check_mirror(self, rows: Iterable[Row], unlike: Container[str]) -> None:
         """In mirror mode: have the staged tree checked, and write down what changes.
 
         :param rows: the differences, lazily; consumed in the folder's thread.
+        :param unlike: files that are not what the index says of them.
         :raises Held: the check hook refuses the generation; nothing has changed.
         """
         if self._options.check and not self._returning:
             staged = await self._thread.run(
-                lambda: self._mirror.build_check(self._items())  # cloned or copied: what is live is never linked
+                lambda: self._mirror.build_check(self._items(unlike))  # cloned or copied: what is live is never linked
             )
             try:
                 await self._check(staged, self._checkout.target)
@@ -200,13 +207,14 @@ class Rollout:
                 await self._thread.run(self._mirror.drop_check)
         await self._write_changes(rows)
 
-    async def release(self, rows: Iterable[Row], problems: ProblemBook) -> None:
+    async def release(self, rows: Iterable[Row], problems: ProblemBook, unlike: Container[str]) -> None:
         """In release mode: build the release, have it checked, switch to it.
 
+        :param rows, unlike: see :meth:`check_mirror`.
         :raises Held: the check hook refuses it; the current release stays.
         :raises ContentChanged: some content is not what it was: it has to be gathered again.
         """
-        name, staged = await self._thread.run(lambda: self._build(problems))
+        name, staged = await self._thread.run(lambda: self._build(problems, unlike))
         try:
             if self._options.check and not self._returning:
                 await self._check(staged, self._checkout.target)
@@ -226,7 +234,7 @@ class Rollout:
         self._unpruned = True
         self._log.info("release_switched", release=name)
 
-    def _build(self, problems: ProblemBook) -> tuple[str, Path]:
+    def _build(self, problems: ProblemBook, unlike: Container[str]) -> tuple[str, Path]:
         target = self._checkout.target
         name = release_name(target.number, target.root, taken=self._mirror.releases())
         applied = Applied(target.number, target.record, target.root, rules=target.rules)
@@ -237,7 +245,7 @@ class Rollout:
         }
         built = self._mirror.build(
             name,
-            self._items(),
+            self._items(unlike),
             share=self._options.share,
             read_only=self._options.modes.read_only,
             on_problem=problems.note,
@@ -249,7 +257,7 @@ class Rollout:
             raise
         return name, self._mirror.build_path(name)
 
-    def _items(self) -> Iterator[BuildItem]:
+    def _items(self, unlike: Container[str]) -> Iterator[BuildItem]:
         """Yield the whole target tree with where its content is: staged, else in a file that is here."""
         local = self._index.iter_local()
         have: LocalRow | None = next(local, None)
@@ -257,7 +265,7 @@ class Rollout:
         for remote in self._index.iter_remote():
             while have is not None and sort_key(have.path) < sort_key(remote.path):
                 have = next(local, None)
-            here = have if have is not None and have.path == remote.path else None
+            here = have if have is not None and have.path == remote.path and have.path not in unlike else None
             same = here is not None and here.entry.same_content(remote.entry)
             is_file = remote.entry.kind is Kind.FILE
             item = BuildItem(remote.path, remote.entry, source=here if same and is_file else None)

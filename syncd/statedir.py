@@ -7,12 +7,14 @@
     <state_dir>/pin/<folder>                    the generation that a person wants this host to stay at
     <state_dir>/nats/                           the embedded server's store
 
-Status files are caches for people: written by rename, never synced; a torn or foreign one is ignored.
+Status files are caches for people: written by rename, never synced; a torn or foreign one is ignored. A person's word,
+and that it was used or taken back, is durable when the call returns: no power cut brings an old one back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +32,7 @@ DAEMON_FILE = "daemon.json"
 LOCK_TRIES = 10
 PIN_DIGITS = 10
 LOCK_WAIT_SECONDS = 0.02
+_USER = "use the daemon's user"
 
 
 class FileAllowance(Allowance):
@@ -45,8 +48,9 @@ class FileAllowance(Allowance):
         """
         try:
             self._file.touch()
+            _sync(self._file.parent)
         except OSError as error:
-            raise DiskProblem(f"cannot write {self._file}: {error.strerror}", hint="use the daemon's user") from error
+            raise _refused(error, f"cannot write {self._file}", _USER) from error
 
     def given(self) -> bool:
         """See :class:`Allowance`."""
@@ -56,6 +60,7 @@ class FileAllowance(Allowance):
         """See :class:`Allowance`. A word that cannot be removed is taken for one that stands."""
         with contextlib.suppress(OSError):
             self._file.unlink(missing_ok=True)
+            _sync(self._file.parent)  # else a power cut brings it back, and it allows what nobody has looked at
 
 
 class Pin:
@@ -92,15 +97,11 @@ class Pin:
         try:
             if not number:
                 self._file.unlink(missing_ok=True)
+                _sync(self._file.parent)
                 return
-            draft = self._file.with_name(f".{self._file.name}.{os.getpid()}")
-            with draft.open("w") as file:
-                file.write(f"{number}\n")
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self._file)
+            _replace(self._file, f"{number}\n", durable=True)
         except OSError as error:
-            raise DiskProblem(f"cannot write {self._file}: {error.strerror}", hint="use the daemon's user") from error
+            raise _refused(error, f"cannot write {self._file}", _USER) from error
 
 
 class StateDir:
@@ -119,10 +120,8 @@ class StateDir:
             for name in ("status", "allow", "pin"):
                 (self.root / name).mkdir(exist_ok=True)
         except OSError as error:
-            raise DiskProblem(
-                f"cannot use the state directory {self.root}: {error.strerror}",
-                hint="set daemon.state_dir to a directory that this user may write",
-            ) from error
+            hint = "set daemon.state_dir to a directory that this user may write"
+            raise _refused(error, f"cannot use the state directory {self.root}", hint) from error
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -133,7 +132,7 @@ class StateDir:
         try:
             descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
         except OSError as error:
-            raise DiskProblem(f"cannot lock the state directory {self.root}: {error.strerror}") from error
+            raise _refused(error, f"cannot lock the state directory {self.root}", _USER) from error
         try:
             if not _flock(descriptor):
                 holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
@@ -141,8 +140,9 @@ class StateDir:
                     f"state directory {self.root} is in use by another syncd (process {holder or 'unknown'})",
                     hint="stop it, or give this one a daemon.state_dir of its own",
                 )
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            with contextlib.suppress(OSError):  # a full disk: the number is for people, what counts is held already
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             yield
         finally:
             os.close(descriptor)
@@ -166,10 +166,7 @@ class StateDir:
 
         :raises OSError: the disk refuses; a status is not worth stopping for, the caller decides.
         """
-        file = self.root / "status" / name
-        draft = file.with_name(f".{name}.{os.getpid()}")
-        draft.write_text(json.dumps(data))
-        draft.replace(file)
+        _replace(self.root / "status" / name, json.dumps(data), durable=False)
 
     def drop_status(self, name: str) -> None:
         """Remove one status file."""
@@ -212,6 +209,48 @@ def _flock(descriptor: int) -> bool:
         else:
             return True
     return False
+
+
+def _replace(file: Path, text: str, *, durable: bool) -> None:
+    """Replace a small file by rename; where the disk refuses, the old one stays and nothing is left beside it.
+
+    :raises OSError: the disk refuses.
+    """
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with draft.open("w") as opened:
+            opened.write(text)
+            opened.flush()
+            if durable:
+                os.fsync(opened.fileno())
+        draft.replace(file)
+        if durable:
+            _sync(file.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def _sync(directory: Path) -> None:
+    """Make the names in a directory durable.
+
+    :raises OSError: the disk refuses.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refused(error: OSError, what: str, hint: str) -> DiskProblem:
+    """Word an OSError.
+
+    :param hint: what to do unless it is room that lacks.
+    """
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return DiskProblem(f"{what}: {error.strerror}", hint="free some space, or inodes (df -i)" if full else hint)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -581,7 +581,8 @@ class Subscriber:
 
     async def _bring_up(self, trip: _Trip) -> None:
         """Apply all differences in batches; each batch is staged whole before anything changes."""
-        touched, result = None if trip.full else trip.touched, trip.result
+        whole = self._layout == "generations" and await self._thread.run(self._rollout.builds_whole)
+        touched, result = None if trip.full or whole else trip.touched, trip.result
         count = await self._thread.run(lambda: self._count(touched))
         reason = mirror_halt(
             count.removes, count.mirrored, count.adds, allowed=count.allowed, unexplained=count.unexplained
@@ -595,9 +596,13 @@ class Subscriber:
         self._status.set(pending=count.changes + count.removes)
 
         async def pages(after: str) -> tuple[list[Row], str | None]:
-            return await self._thread.run(lambda: self._differences(touched, after, GATHER_PATHS))
+            def page() -> tuple[list[Row], str | None]:
+                rows, last = self._differences(touched, after, GATHER_PATHS, whole=whole)
+                return rows + (self._unlike() if whole and last is None else []), last
 
-        if count.changes:
+            return await self._thread.run(page)
+
+        if count.changes or (whole and self._drift.held):
             await self._upstream.gather(pages, result, meter, self._is_overtaken)
         if self._layout == "generations":
             await self._roll_out(touched, result, meter)
@@ -617,17 +622,34 @@ class Subscriber:
         async with self._rollout.going():
             if self._rollout.is_release and not await self._thread.run(self._rollout.is_current):
                 before = await self._thread.run(self._index.count_local)
-                await self._rollout.release(self._changes(touched), self._drift.problems)
+                await self._rollout.release(
+                    self._changes(touched, whole=True), self._drift.problems, frozenset(self._drift.held)
+                )
+                await self._thread.run(self._leave_tree)
                 result.placed += max(0, await self._thread.run(self._index.count_local) - before)
             else:
                 if moving and not self._rollout.is_release:
-                    await self._rollout.check_mirror(self._changes(touched))
+                    await self._rollout.check_mirror(self._changes(touched), frozenset(self._drift.held))
                 await self._apply(touched, result, meter)
         self._upstream.forget_removals()
         await self._end_generation(result)
 
-    def _changes(self, touched: Collection[str] | None) -> Iterator[Row]:
-        return (row for row in self._index.diff(touched) if not self._left_alone(*row))
+    def _changes(self, touched: Collection[str] | None, *, whole: bool = False) -> Iterator[Row]:
+        return (row for row in self._index.diff(touched) if not self._left_alone(*row, whole=whole))
+
+    def _unlike(self) -> list[Row]:
+        """Return files that are not what the index says of them, and stay so, as files that are not here."""
+        rows = ((path, None, self._index.remote(path)) for path in sorted(self._drift.held))
+        return [row for row in rows if row[2] is not None]
+
+    def _leave_tree(self) -> None:
+        """Another release is current: what was wrong with the one before is not wrong with it."""
+        self._drift.leave()
+        for path, failure in self._failures.items():
+            if self._drift.problems.code(path) == failure.problem.code:
+                self._drift.problems.clear(path)
+        self._failures.clear()
+        self._left_as_found.clear()
 
     async def _apply(self, touched: Collection[str] | None, result: PullResult, meter: Meter) -> None:
         begun = False
@@ -725,19 +747,26 @@ class Subscriber:
             count.mirrored = self._index.count_local(dirs=False)
         return count
 
-    def _differences(self, touched: Collection[str] | None, after: str, limit: int) -> tuple[list[Row], str | None]:
+    def _differences(
+        self, touched: Collection[str] | None, after: str, limit: int, *, whole: bool = False
+    ) -> tuple[list[Row], str | None]:
         """Return a page of what is to be done, and the path to go on after, ``None`` at the end."""
         rows = []
         for row in self._index.diff(touched, after=after):
-            if self._left_alone(*row):
+            if self._left_alone(*row, whole=whole):
                 continue
             rows.append(row)
             if len(rows) >= limit:
                 return rows, row[0]
         return rows, None
 
-    def _left_alone(self, path: str, local: LocalRow | None, remote: RemoteRow | None) -> bool:
-        """Tell whether a difference is to stay: drift under a policy that keeps it, a directory still in use."""
+    def _left_alone(self, path: str, local: LocalRow | None, remote: RemoteRow | None, *, whole: bool = False) -> bool:
+        """Tell whether a difference is to stay: drift under a policy that keeps it, a directory still in use.
+
+        :param whole: a whole tree is built, in which nothing is missing for what is wrong with the one that is here.
+        """
+        if whole and remote is not None:
+            return False
         if path in self._drift.held:
             return True
         if remote is None:

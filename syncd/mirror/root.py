@@ -44,7 +44,7 @@ _ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 _NO_ACL = {errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS}
 
 _HINTS = {
-    errno.ENOSPC: "free some space; the work goes on by itself then",
+    errno.ENOSPC: "free some space, or inodes (df -i); the work goes on by itself then",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the filesystem is mounted read-only",
     errno.EMFILE: "raise the limit of open files (LimitNOFILE)",

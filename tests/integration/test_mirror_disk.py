@@ -16,6 +16,7 @@ from syncd.errors import DiskProblem
 from syncd.mirror import Mirror
 from syncd.model import Entry, Kind
 from syncd.plan import MirrorPlan, Place
+from tests.support.disks import attributes, filesystem
 from tests.support.mirror import Keeper, expected, file, folder, litter, snapshot
 
 if TYPE_CHECKING:
@@ -344,22 +345,23 @@ def test_a_journal_that_cannot_be_made_durable_is_taken_back(
 
 
 @pytest.mark.fault("M6")
-def test_an_immutable_file_is_a_problem_of_its_path(tmp_path: Path) -> None:
-    """Where the filesystem has such a thing; a mount point in the way is one everywhere."""
-    root = tmp_path / "m"
-    with Mirror.open(root) as mirror:
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4", "xfs", "btrfs"])
+def test_an_immutable_file_is_a_problem_of_its_path(tmp_path: Path, kind: str) -> None:
+    """Content, mode and removal of files that chattr made immutable, on each filesystem that knows such a thing."""
+    with filesystem(tmp_path / "disk", kind) as disk, Mirror.open(disk / "m") as mirror:
+        root = disk / "m"
         keeper = Keeper(mirror)
-        keeper.go({"f": file("old"), "g": file("old"), "t": file("t")})
-        fixed = subprocess.run(["chattr", "+i", root / "f", root / "t"], check=False, capture_output=True)
-        try:
+        keeper.go({"f": file("old"), "g": file("old"), "r": file("r"), "t": file("t")})
+        before = snapshot(root)
+        with attributes("i", root / "f", root / "t", root / "r"):
             outcome = keeper.go({"f": file("new"), "g": file("new"), "t": file("t", mode=0o600)})
-        finally:
-            subprocess.run(["chattr", "-i", root / "f", root / "t"], check=False, capture_output=True)
-        if fixed.returncode == 0:
-            assert code_of(outcome.problems) == {"f": "not_permitted", "t": "not_permitted"}
-            assert (root / "f").read_text() == "old"
+        assert code_of(outcome.problems) == dict.fromkeys("frt", "not_permitted")
+        assert {**snapshot(root), "g": before["g"]} == before
         assert (root / "g").read_text() == "new"
         assert litter(root) == []
+        tree = {"f": file("new"), "g": file("new"), "t": file("t", mode=0o600)}
+        assert keeper.go(tree).problems == []
+        assert snapshot(root) == expected(tree)
 
 
 @pytest.mark.fault("X1 M6")

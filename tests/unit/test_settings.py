@@ -942,6 +942,7 @@ def test_the_demo_keeps_everything_below_one_directory_and_uses_its_own_server()
     assert settings.nats.servers == (f"nats://{settings.nats.embedded.listen}",)
 
 
+@pytest.mark.fault("M1")
 @pytest.mark.parametrize(
     ("owner", "words"),
     [
