@@ -178,7 +178,7 @@ class Agenda:
             if now < earliest:  # hints that come meanwhile cost nothing, however many there are
                 await self._sleep_until(earliest)
                 continue
-            if now >= self._full_at or (self._halted and self._allowed()):
+            if now >= self._full_due_at() or (self._halted and self._allowed()):
                 self._take_all()
                 return None
             ready = frozenset(path for path in self._hints if self._ready_at(path) <= now)
@@ -188,6 +188,11 @@ class Agenda:
             if ready:
                 return self._take(ready)
             await self._sleep_until(self._next_time(now))
+
+    def _full_due_at(self) -> float:
+        """A full round reads hinted paths as well: it waits for them to settle, but no longer than they wait."""
+        settled = max(map(self._ready_at, self._hints), default=0.0)
+        return max(self._full_at, min(settled, self._full_at + self.settle * STARVATION_FACTOR))
 
     def _take_all(self) -> None:
         self._hints.clear()
@@ -204,7 +209,7 @@ class Agenda:
         return ready
 
     def _next_time(self, now: float) -> float:
-        next_time = min([self._full_at, *map(self._ready_at, self._hints)])
+        next_time = min([self._full_due_at(), *map(self._ready_at, self._hints)])
         return min(next_time, now + ALLOW_POLL_SECONDS) if self._halted else next_time
 
     async def _sleep_until(self, when: float) -> None:

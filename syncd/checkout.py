@@ -17,7 +17,7 @@ import asyncio
 import json
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import structlog
 
@@ -129,6 +129,9 @@ class Applied:
     def tree(self) -> str:
         """What tells this tree, as the mirror takes it, from others."""
         return f"{self.root} {self.rules}"
+
+
+_N = TypeVar("_N", Target, Applied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -732,10 +735,7 @@ class Checkout:
 
     def applied(self) -> Applied:
         """Return which generation the mirror has. Blocking."""
-        try:
-            return Applied(**json.loads(self._index.note(APPLIED, "{}")))
-        except (ValueError, TypeError):
-            return Applied()
+        return _noted(Applied(), self._index.note(APPLIED))
 
     def keeps(self) -> KeptNames:
         """Return the names of staged content that a start must not sweep."""
@@ -762,7 +762,14 @@ def _seconds(note: str) -> float:
 
 def _target(note: str) -> Target:
     """Read what :meth:`Checkout._keep_target` wrote; where it is damaged everything is read anew."""
+    return _noted(Target(), note)
+
+
+def _noted(blank: _N, note: str) -> _N:
+    """Read a note; ``blank`` where there is none, or where it is damaged: also by a value of another type."""
     try:
-        return Target(**json.loads(note)) if note else Target()
-    except (ValueError, TypeError):
-        return Target()
+        found = replace(blank, **json.loads(note)) if note else blank
+    except (ValueError, TypeError, RecursionError):
+        return blank
+    sound = all(type(getattr(found, name)) is type(value) for name, value in asdict(blank).items())
+    return found if sound else blank

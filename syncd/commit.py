@@ -561,6 +561,7 @@ class Committer:
         self._pointed = self._head
         self.wrote(seq)
         await self._thread.run(lambda: self._remember(touched, self._head))
+        await self._thread.run(self._index.sync)  # a number is used once, whoever else loses power with us
         crash_point("generation_remembered")
         result.generation, result.root, result.committed = generation.number, root.tree, True
         result.puts += tally.added + tally.changed

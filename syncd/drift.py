@@ -155,6 +155,7 @@ class DriftCheck:
         }
         lines = [[path, None if entry is None else _fields(entry)] for path, entry in self._in_flight.items()]
         self._index.set_note(IN_FLIGHT, json.dumps(lines))
+        self._index.sync()  # the mirror may be on another disk: a power cut must not leave it ahead of what is noted
 
     def remembered(self) -> None:
         """The commit is in the index."""

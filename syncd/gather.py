@@ -15,7 +15,7 @@ import os
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
@@ -30,7 +30,7 @@ from syncd.trees import TreeReader, cut
 from syncd.upstream import Fetch, Overtaken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
     from typing import Any
 
     from syncd.index import Index
@@ -106,8 +106,6 @@ class _Tally:
     result: PullResult
     meter: Meter
     overtaken: Callable[[], Awaitable[bool]]
-    large_seen: set[str] = field(default_factory=set)
-    copies: list[Wanted] = field(default_factory=list)
 
     async def check(self) -> None:
         if await self.overtaken():
@@ -323,14 +321,19 @@ class Gatherer:
         windows = _windows(self._tables.wanted(recipes=False))
         batch: list[tuple[Wanted, bytes]] = []
         size = 0
+        last: dict[str, bytes] = {}
         async with _Background() as staging:
             while window := await self._thread.run(lambda: next(windows, None)):
-                async with _closing(self._blobs(list(window))) as blobs:
+                before, last, cut_off = last, {}, next(reversed(window))
+                async with _closing(self._blobs(list(window), before)) as blobs:
                     async for digest, data in blobs:
                         files = window.pop(digest)
                         if not isinstance(data, bytes):
                             raise _unfetchable(files[0].path, data)
-                        tally.result.downloaded_bytes += len(data)
+                        if digest == cut_off:
+                            last = {digest: data}
+                        if digest not in before:
+                            tally.result.downloaded_bytes += len(data)
                         for file in files:
                             content = _cut(data, file)
                             batch.append((file, content))
@@ -343,11 +346,11 @@ class Gatherer:
                 await tally.check()
             await staging.start(self._stage_small(batch, tally))
 
-    async def _blobs(self, digests: list[str]) -> AsyncIterator[tuple[str, bytes | SyncdError]]:
-        """Yield blobs, those first that the walk over the nodes has just fetched: a small commit is one pack."""
+    async def _blobs(self, digests: list[str], last: dict[str, bytes]) -> AsyncIterator[tuple[str, bytes | SyncdError]]:
+        """Yield blobs, those first that were just fetched: by the walk over the nodes, or for the window before."""
         missing: list[str] = []
         for digest in digests:
-            data = self.at_hand(digest)
+            data = last.get(digest) or self.at_hand(digest)
             if data is None:
                 missing.append(digest)
             else:
@@ -405,15 +408,14 @@ class Gatherer:
         """Yield the chunks of all large contents that are wanted, each content once."""
         source = self._tables.wanted(recipes=True)
         while files := await self._thread.run(lambda: list(islice(source, RECIPES_AT_ONCE))):
-            first: list[Wanted] = []
+            first: dict[str, Wanted] = {}
             for file in files:
-                if file.entry.digest in tally.large_seen:
-                    tally.copies.append(file)
-                else:
-                    tally.large_seen.add(file.entry.digest)
-                    first.append(file)
-            recipes = await self._recipes(first, tally)
-            for file in first:
+                if file.entry.digest not in open_files:
+                    first.setdefault(file.entry.digest, file)
+            there = await self._thread.run(lambda first=first: self._are_staged(first))  # type: ignore[misc]
+            once = [file for digest, file in first.items() if digest not in there]
+            recipes = await self._recipes(once, tally)
+            for file in once:
                 large = _Large(file, await self._thread.run(lambda file=file: self._mirror.assemble(file.entry)))  # type: ignore[misc]
                 open_files[file.entry.digest] = large
                 at = 0
@@ -424,6 +426,9 @@ class Gatherer:
                         at = end
                 except UNREADABLE as error:
                     raise Unfetchable(file.path, error) from error
+
+    def _are_staged(self, digests: Iterable[str]) -> set[str]:
+        return {one for one in digests if self._tables.staged_content(one, self._mirror.run) is not None}
 
     async def _recipes(self, files: list[Wanted], tally: _Tally) -> TreeReader:
         """Fetch the recipes of some files together; return a reader that has them at hand."""
@@ -517,18 +522,23 @@ class Gatherer:
             staged = Staged(name, digest, self._mirror.run)
             await self._thread.run(lambda file=file, staged=staged: self._tables.put_staged([(file.path, staged)]))  # type: ignore[misc]
             self._staged_any = self._large_any = True
-            open_files.pop(digest).assembly.close()
+            del open_files[digest]  # finish() has let go of it
             tally.meter.done(0)
 
     def _copy_staged(self, tally: _Tally) -> None:
         """Stage the large contents that several paths have, from the first of them."""
-        for file in tally.copies:
-            have = self._copy(None, file.entry)
-            if have is None:
-                raise DiskProblem(f"the staged content of {file.path} is gone", hint="it is staged again")
-            self._tables.put_staged([(file.path, have)])
-            tally.result.reused_bytes += file.entry.size
-            tally.meter.done(file.entry.size)
+        source = self._tables.wanted(recipes=True)
+        while files := list(islice(source, STAGE_FILES)):
+            staged = self._tables.staged(file.path for file in files)
+            for file in files:
+                if file.path in staged:
+                    continue
+                have = self._copy(None, file.entry)
+                if have is None:
+                    raise DiskProblem(f"the staged content of {file.path} is gone", hint="it is staged again")
+                self._tables.put_staged([(file.path, have)])
+                tally.result.reused_bytes += file.entry.size
+                tally.meter.done(file.entry.size)
 
     # -- applying ------------------------------------------------------------------------------------------------------
 
@@ -653,11 +663,14 @@ async def _closing(source: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
 
 
 def _windows(files: Iterator[Wanted]) -> Iterator[dict[str, list[Wanted]]]:
-    """Group files by the blob that holds their content, some blobs at a time."""
+    """Group files by the blob that holds their content, some blobs at a time, and some files even of a single one.
+
+    The last blob of a window may go on as the first of the next one.
+    """
     window: dict[str, list[Wanted]] = {}
     count = 0
     for file in files:
-        if file.location.blob not in window and (len(window) >= WINDOW_BLOBS or count >= WINDOW_FILES):
+        if count >= WINDOW_FILES or (len(window) >= WINDOW_BLOBS and file.location.blob not in window):
             yield window
             window, count = {}, 0
         window.setdefault(file.location.blob, []).append(file)

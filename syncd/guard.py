@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
+from syncd.crashpoints import crash_point
 from syncd.errors import DiskProblem, ObjectCorrupt, ObjectGone, SyncdError, Untrusted
 from syncd.moves import read_move, time_text
 from syncd.store.base import BadMeta
@@ -113,6 +114,8 @@ class TrustNote:
         except ValueError:
             if noted is None:
                 raise Untrusted(f"{self._file} is lost, and the index's copy cannot be read", hint=_DAMAGED) from None
+        if copied is not None and noted is not None and copied.step == noted.step and copied != noted:
+            raise Untrusted(f"{self._file} and the index's copy of it differ: one of them is damaged", hint=_DAMAGED)
         if copied is not None and (noted is None or copied.step != noted.step):
             newer = noted if noted is not None and noted.step > copied.step else copied
             behind = "index" if newer is noted else "file"
@@ -160,6 +163,7 @@ class TrustNote:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+            crash_point("trust_drafted")
             draft.replace(self._file)
             directory = os.open(self._file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -169,6 +173,7 @@ class TrustNote:
         except OSError as error:
             raise DiskProblem(f"cannot write {self._file}: {error.strerror}", hint="free some space") from error
         self._step = step
+        crash_point("trust_noted")
         if self._index is not None:
             self._index.set_note(COPY, text)
 

@@ -226,6 +226,7 @@ class Holdings:
         freed = 0
         await self._thread.run(self._end_round)
         while due := await self._thread.run(self._take_due):
+            await self._thread.run(self._index.sync)  # a power cut must not bring that memory back either
             try:
                 for nuid in due:
                     await self._bucket.remove_chunks(nuid)

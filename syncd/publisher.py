@@ -3,6 +3,8 @@
 Rules kept here (docs/architecture.md):
  * Events only hint; a scan decides. Doubt, reconnects and a timer mean a full round.
  * A missing source is a problem, never "everything was deleted".
+ * What is not found is looked for twice: editors take a file away for a moment while they save it, and a look comes at
+   any time, also between two system calls of somebody else.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ log = structlog.get_logger()
 PUSH_RETRIES = 5
 EVERYWHERE = frozenset({"", IGNORE_FILE})
 """Hinted paths that change the verdict on all others."""
+GONE_SECONDS = 1.0
+"""What is not found is looked for once more after the settle time, but after so long at most."""
 HINT_GRACE_SECONDS = 0.5
 """A notification of our own write can overtake its acknowledgement by this much."""
 
@@ -290,10 +294,23 @@ class Publisher:
         """Bring the index up to the disk; return the paths to compare with the bucket, ``None`` for all."""
         if paths is None or len(paths) > LOOK_LIMIT or not paths.isdisjoint(EVERYWHERE):
             started = time.monotonic()
-            await self._thread.run(self._source.scan)
+            gone = await self._thread.run(self._source.scan)
             self._full_seconds = time.monotonic() - started
+            await self._look_again(gone)
             return None
-        return await self._thread.run(lambda: self._source.look(paths))
+        touched, gone = await self._thread.run(lambda: self._source.look(paths))
+        more = await self._look_again(gone)
+        return None if more is None else touched | more
+
+    async def _look_again(self, gone: Collection[str]) -> set[str] | None:
+        """Look once more for what was not found; return every path whose row may have changed, ``None``: any may."""
+        if not gone:
+            return set()
+        await asyncio.sleep(min(self._options.settle_seconds, GONE_SECONDS))
+        if len(gone) > LOOK_LIMIT:
+            await self._thread.run(self._source.scan)
+            return None
+        return (await self._thread.run(lambda: self._source.look(gone))).touched
 
 
 async def _feed_paths(watcher: PathWatcher, agenda: Agenda) -> None:

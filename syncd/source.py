@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -14,7 +14,7 @@ from syncd.rules import IGNORE_FILE
 from syncd.scan import Found, Scanner
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from syncd.index import Index
     from syncd.scan import Vanished
@@ -32,6 +32,17 @@ class ScanStopped(Exception):
     """The service is stopping; the scan's transaction is rolled back."""
 
 
+class Looked(NamedTuple):
+    """What a look at some paths came to.
+
+    :ivar touched: every path whose row may have changed.
+    :ivar gone: paths that were known and were not found, without what was below them.
+    """
+
+    touched: set[str]
+    gone: list[str]
+
+
 class Source:
     """A source directory and the ``local`` half of the index.
 
@@ -45,9 +56,10 @@ class Source:
         self._index = index
         self.problems = ProblemBook(log.bind(folder=folder, role="publish"), "path_problem")
 
-    def scan(self) -> None:
+    def scan(self) -> list[str]:
         """Compare everything.
 
+        :returns: what was known and was not found, without what was below that.
         :raises DiskProblem: the root is missing or unreadable: nothing is concluded from that.
         """
         self.scanner.check_root()
@@ -55,16 +67,15 @@ class Source:
         scan = self._index.next_scan()
         with self._index.transaction():
             self._take(self.scanner.scan("", self._index.local_children), scan, None)
-            self._index.drop_unseen(scan)
+            return _topmost(self._index.drop_unseen(scan))
 
-    def look(self, paths: Collection[str]) -> set[str]:
+    def look(self, paths: Collection[str]) -> Looked:
         """Look at hinted paths, at all below those that are directories, and at their parents.
 
-        :returns: every path whose row may have changed.
         :raises DiskProblem: the root is missing or unreadable.
         """
         self.scanner.check_root()
-        touched: set[str] = set()
+        looked = Looked(set(), [])
         hinted = {path for path in paths if path and not is_private(path)}
         # Another .syncdignore is another verdict on everything beside and below it.
         hinted |= {parent(path) for path in hinted if path.endswith("/" + IGNORE_FILE)}
@@ -76,8 +87,8 @@ class Source:
                 wanted.add(parent(path))
         with self._index.transaction():
             for path in sorted(wanted, key=len):
-                self._look_at(path, touched, deep=path in hinted)
-        return touched
+                self._look_at(path, looked, deep=path in hinted)
+        return looked
 
     def note_problem(self, problem: Problem, path: str, *, scan: int = 0) -> None:
         """Report a path that could not be read or sent."""
@@ -120,11 +131,14 @@ class Source:
         self._index.mark_seen(seen, scan)
         self._index.put_local(rows, scan=scan)
 
-    def _look_at(self, path: str, touched: set[str], *, deep: bool) -> None:
+    def _look_at(self, path: str, looked: Looked, *, deep: bool) -> None:
         known = self._index.local(path)
         item = self.scanner.look(path, known)
+        touched = looked.touched
         touched.add(path)
         if item is None:
+            if known is not None:
+                looked.gone.append(path)
             self.problems.clear(path)
             touched.update(row.path for row in self._index.iter_local(path))
             self._index.drop_local_tree(path)
@@ -147,4 +161,15 @@ class Source:
             scan = self._index.next_scan()
             self._index.mark_seen([path], scan)
             self._take(self.scanner.scan(path, self._index.local_children), scan, touched)
-            touched.update(self._index.drop_unseen(scan, path))
+            unseen = self._index.drop_unseen(scan, path)
+            touched.update(unseen)
+            looked.gone.extend(_topmost(unseen))
+
+
+def _topmost(paths: Iterable[str]) -> list[str]:
+    """Leave out what is below another one of the paths, which are in component order."""
+    kept: list[str] = []
+    for path in paths:
+        if not kept or not path.startswith(kept[-1] + "/"):
+            kept.append(path)
+    return kept

@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from syncd.crashpoints import crash_point
+
 if TYPE_CHECKING:
     from syncd.index import Index
 
@@ -61,7 +63,7 @@ class Standing:
     def at(self) -> tuple[int, str]:
         """Number and record of the generation to be at while another one is refused; (0, "") for none."""
         state = self._state
-        if state.record and state.record not in state.refused:
+        if state.record not in state.refused:
             return state.number, state.record
         return (state.good, state.good_record) if state.good_record not in state.refused else (0, "")
 
@@ -148,7 +150,7 @@ class Standing:
         state = self._state
         state.begins = state.begins + 1 if record == state.going else 1
         state.going = record
-        self._write()
+        self._write(durable=True)
         return state.begins
 
     def gave_up(self) -> None:
@@ -160,7 +162,7 @@ class Standing:
     def try_hooks(self) -> int:
         """The hooks begin; return how often they did for this generation."""
         self._state.tries += 1
-        self._write()
+        self._write(durable=True)
         return self._state.tries
 
     def stopped(self) -> None:
@@ -183,7 +185,8 @@ class Standing:
             del state.refused[next(iter(state.refused))]
         if record == state.record:
             state.due = False
-        self._write()
+        self._write(durable=True)
+        crash_point("refused")
 
     def forget_refusals(self) -> None:
         """A person wants everything tried again: the hooks of what is in place, too, if it was refused for them."""
@@ -194,15 +197,21 @@ class Standing:
         state.refused.clear()
         self._write()
 
-    def _write(self) -> None:
+    def _write(self, *, durable: bool = False) -> None:
+        """Note it.
+
+        :param durable: no power cut may undo it: what comes now may be what cuts the power, at each start.
+        """
         self._index.set_note(STANDING, json.dumps(asdict(self._state)))
+        if durable:
+            self._index.sync()
 
 
 def _read(note: str) -> _State:
-    """Read what was noted; what is damaged is forgotten, as with a new index."""
+    """Read what was noted; "", as in a new index, and what is damaged are a new beginning."""
     blank = _State()
     try:
-        state = _State(**json.loads(note)) if note else blank
+        state = _State(**json.loads(note))
     except (ValueError, TypeError, RecursionError):
         return blank
     sound = all(type(getattr(state, name)) is type(value) for name, value in asdict(blank).items())

@@ -143,6 +143,8 @@ class StateDir:
             with contextlib.suppress(OSError):  # a full disk: the number is for people, what counts is held already
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            _sweep_drafts(self.root / "status")
+            _sweep_drafts(self.root / "pin")
             yield
         finally:
             os.close(descriptor)
@@ -230,6 +232,25 @@ def _replace(file: Path, text: str, *, durable: bool) -> None:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
         raise
+
+
+def _sweep_drafts(directory: Path) -> None:
+    """Remove what processes that were killed in :func:`_replace` have left: drafts end with the number of theirs."""
+    with contextlib.suppress(OSError):  # it is litter, and can wait for the next start
+        for draft in directory.glob(".*.*"):
+            number = draft.name.rpartition(".")[2]
+            if number.isdecimal() and not _is_running(int(number)):
+                draft.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync(directory: Path) -> None:

@@ -33,11 +33,13 @@ PAGE = ROOT / "docs/faults.md"
 FORMAT = 1
 IDS = "fault"
 """The name of the marker, and of the user property that carries its ids to the results file."""
+HOW_MAX = 300
+"""Characters of a test's docstring that the report shows: as many whole sentences as fit, and always the first."""
 RUNS = "fault_runs"
 """A test that repeats its fault within itself says how often: ``record_property("fault_runs", 500)``."""
 
 _PASSING = re.compile(r"(\d+) passing")
-_SENTENCE = re.compile(r"(.+?[.!?])(?:\s|$)")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
 # -- the catalogue -----------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ class Marked:
     """One test function.
 
     :ivar name: file and function, as pytest names them, without parameters.
-    :ivar how: the first sentence of its docstring, or its name in words.
+    :ivar how: what its docstring says first, or its name in words.
     """
 
     name: str
@@ -152,13 +154,22 @@ def _ids_in(place: ast.expr, name: str) -> Iterator[str]:
                 raise ValueError(f"{name}: {error}") from None
 
 
+def by_name(test: str) -> str:
+    """Make a sentence of a test's name, for want of a docstring."""
+    words = test.removeprefix("test").strip("_").replace("_", " ")
+    return f"{words[:1].upper()}{words[1:]}."
+
+
 def _how(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    text = " ".join((ast.get_docstring(node) or "").split())
+    text = " ".join((ast.get_docstring(node) or "").split(":param")[0].split())
     if not text:
-        words = node.name.removeprefix("test").strip("_").replace("_", " ")
-        return f"{words[:1].upper()}{words[1:]}."
-    sentence = _SENTENCE.match(text)
-    return text if sentence is None else sentence[1]
+        return by_name(node.name)
+    said, *more = _SENTENCE.split(text)
+    for sentence in more:
+        if len(said) + len(sentence) >= HOW_MAX:
+            break
+        said += f" {sentence}"
+    return said
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -273,9 +284,11 @@ HEAD = """\
 <!-- Made by `python -m tests.faults`; do not edit. -->
 # Fault report
 
-What goes wrong with software of this kind, and the test that provokes it here for real. The numbers are those of
-tests/faults.toml; a test bears them as its `fault` marker. A run is one case of a test, one example of a generated
-input, or one repetition (a kill, a power cut) within a test. How to make this page: see tests/faults.py.
+What goes wrong with software of this kind, and the tests that provoke it. The numbers are those of tests/faults.toml; a
+test bears them as its `fault` marker, and its docstring says how: most of them kill, unmount, fill or plant for real,
+some in `tests/unit` only turn a clock or make up the state that a decision is about. A run is one case of a test, one
+example of a generated input, or one repetition (a kill, a power cut) within a test. How to make this page: see
+tests/faults.py.
 """
 
 
@@ -299,7 +312,7 @@ def render(catalogue: Catalogue, marked: Sequence[Marked], results: Results) -> 
         if not tests:
             lines += [f"{NOT_COVERED}{catalogue.reasons.get(one, 'no test bears this number yet.')}", ""]
             continue
-        lines += ["| test | what it does | runs | result |", "|---|---|---:|---|"]
+        lines += ["| test | how it is provoked | runs | result |", "|---|---|---:|---|"]
         for test in tests:
             result = results.tests.get(test.name, Result())
             lines.append(f"| `{test.name}` | {_cell(test.how)} | {result.runs or ''} | {_cell(str(result))} |")

@@ -202,8 +202,9 @@ class Blobs:
         )
 
     def free(self, digests: Iterable[str], now: float) -> None:
-        """Note blobs that are about to be removed: nothing may rely on them from here on."""
+        """Note, durably, blobs that are about to be removed: nothing may rely on them from here on."""
         self._db.many("INSERT OR REPLACE INTO blob VALUES (?, 1, ?)", ((_raw(digest), now) for digest in digests))
+        self._db.sync()
 
     def forget_freed(self, before: float) -> None:
         """Forget removals that are long done, and what was located in them."""

@@ -9,6 +9,7 @@ Rules kept here:
    order is therefore key order, a subtree is one range of keys, and no directory column is needed;
  * memory is bounded whatever the number of rows: iterators read keyset pages, so the caller may write
    between rows;
+ * a power cut undoes the last transactions, never half of one, and none that was committed before a :meth:`sync`;
  * every failure of the disk or the file is a :class:`syncd.errors.DiskProblem`; a statement that fails
    inside a transaction dooms that transaction, even where the caller swallows the error.
 """
@@ -16,6 +17,7 @@ Rules kept here:
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sqlite3
 from functools import cache
@@ -327,6 +329,25 @@ class Database:
             if len(page) < PAGE:
                 return
             after, compare = page[-1][0], ">"
+
+    def sync(self) -> None:
+        """Make durable what was committed so far: for what must not be undone once the world outside has seen it.
+
+        :raises DiskProblem: the disk refused.
+        """
+        if self._file is None:
+            return
+        try:
+            # SQLite's lock hangs on the file itself: to open and close the log beside it does not touch that.
+            descriptor = os.open(f"{self._file}-wal", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except FileNotFoundError:
+            pass  # nothing was written since it was opened
+        except OSError as exc:
+            raise DiskProblem(f"index {self._file}: {exc.strerror}", hint="check the health of the disk") from exc
 
     # -- notes -----------------------------------------------------------------------------------------
 

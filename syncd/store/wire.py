@@ -39,9 +39,9 @@ MAX_SUBJECT_BYTES = 3900
 """nats-server closes a connection whose control line (verb, subject, reply inbox, sizes) exceeds 4096 bytes."""
 MAX_META_BYTES = 1024 * 1024 - 4096
 """The server's default ``max_payload`` less room for headers."""
+MAX_READ_META_BYTES = 1 << 20
+"""What a server takes in one message unless it is told otherwise; others may write up to that."""
 MAX_OBJECT_BYTES = 1 << 53
-MAX_META_BYTES = 1 << 20
-"""What a server takes in one message unless it is told otherwise."""
 """A size that JavaScript readers still count exactly; far above any disk."""
 MAX_CHUNK_BYTES = 64 * 1024 * 1024
 """nats-server's largest possible ``max_payload``."""
@@ -322,7 +322,7 @@ def _marker(bucket: str, token: str, seq: int, time_ns: int) -> ObjectInfo:
 def _parse_object(payload: bytes) -> dict[str, Any]:
     if not payload:
         raise ObjectCorrupt("empty metadata")
-    if len(payload) > MAX_META_BYTES:  # as objects it takes some twenty times that
+    if len(payload) > MAX_READ_META_BYTES:  # as objects it takes some twenty times that
         raise ObjectCorrupt(f"{len(payload)} bytes of metadata")
     try:
         fields = json.loads(payload)

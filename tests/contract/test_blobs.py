@@ -141,7 +141,11 @@ async def test_a_cancelled_sink_ends_at_once_and_the_next_one_works(bucket: Buck
 
 @pytest.mark.fault("N5 X1")
 async def test_a_full_bucket_ends_the_sink(kit: Kit) -> None:
-    """The error comes out of a later put or of the flush, and stays; a blob that is there needs no room."""
+    """Eight blobs of 15 kB are put into a bucket limited to 20 kB that holds one of 10 kB; then a commit of 12 kB.
+
+    StoreFull comes out of the flush and of every later put, nothing of the commit appears, and a blob that is there
+    needs no room.
+    """
     await kit.store.create_bucket("full", BucketSpec(max_bytes=20_000))
     bucket = kit.store.bucket("full")
     small, *large = content(10_000), *texts(8, 15_000)
@@ -165,7 +169,10 @@ async def test_a_full_bucket_ends_the_sink(kit: Kit) -> None:
 
 @pytest.mark.fault("N5")
 async def test_a_sealed_bucket_takes_nothing(bucket: Bucket) -> None:
-    """Not even what it has already; reading goes on."""
+    """A bucket that holds a blob is sealed; then the same blob is put and removed, and a generation committed.
+
+    All three are refused as sealed; the blob is still read.
+    """
     data = content(1000)
     await store(bucket, data)
     await bucket.seal()
@@ -180,7 +187,10 @@ async def test_a_sealed_bucket_takes_nothing(bucket: Bucket) -> None:
 
 @pytest.mark.fault("N5")
 async def test_a_bucket_that_is_gone_is_named(kit: Kit, bucket: Bucket) -> None:
-    """By every call of the layout."""
+    """The bucket is deleted behind the store's back; then every call of the layout is made.
+
+    Each of them raises BucketNotFound.
+    """
     await kit.delete_bucket(bucket.name)
     with pytest.raises(BucketNotFound):
         await store(bucket, b"x")
@@ -250,7 +260,10 @@ def claiming(size: int) -> bytes:
     ],
 )
 async def test_a_blob_that_is_not_what_its_digest_says_is_corrupt(kit: Kit, bucket: Bucket, payload: bytes) -> None:
-    """Whatever is stored there; the others come all the same."""
+    """Another payload is stored under a blob's digest: cut, changed, swapped, a broken frame, a bomb, an unknown codec.
+
+    It is ObjectCorrupt, whatever it is; five good blobs that are fetched with it arrive.
+    """
     others = texts(5)
     await store(bucket, *others)
     await kit.inject_chunks(bucket.name, digest_of(GOOD), [payload])
@@ -261,7 +274,10 @@ async def test_a_blob_that_is_not_what_its_digest_says_is_corrupt(kit: Kit, buck
 
 @pytest.mark.fault("O5")
 async def test_a_blob_that_hides_a_bomb_by_its_true_digest_is_corrupt(kit: Kit, bucket: Bucket) -> None:
-    """More than a blob may hold is refused although the digest is right."""
+    """One byte more than a blob may hold is stored under its own true digest, compressed and raw.
+
+    It is ObjectCorrupt although the digest is right.
+    """
     data = bytes(BLOB_MAX + 1)
     for payload in (zstd(data), RAW + data):
         await kit.inject_chunks(bucket.name, digest_of(data), [payload])
@@ -444,7 +460,10 @@ async def test_the_next_commit_moves_the_channel_and_keeps_the_generation_before
 
 @pytest.mark.fault("C5")
 async def test_of_two_publishers_the_second_changes_nothing(bucket: Bucket) -> None:
-    """It is told who was faster; neither its record nor its generation appears."""
+    """Generation 2 is committed over another sequence of the channel than generation 1 left: 0, one less, one more.
+
+    Each is a WriteConflict, and neither record nor generation appears; over the right one it is stored.
+    """
     seq = await commit(bucket, 1, 0)
     state, items = await bucket.state(), await listing(bucket)
     for expected in (0, seq - 1, seq + 1):

@@ -51,11 +51,14 @@ def generation(number: int) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("C2 S4")
+@pytest.mark.fault("O3")
 async def test_a_reader_in_a_tight_loop_never_sees_a_partial_empty_or_missing_file(
     tmp_path: Path, daemons: Daemons
 ) -> None:
-    """One file, republished a thousand times: every open finds one generation, whole."""
+    """One file is replaced and published 1,000 times while another process opens its mirror as fast as it can.
+
+    Every open finds the whole of one published content, and the last one in the end.
+    """
     source, mirror = tmp_path / "source", tmp_path / "mirror"
     source.mkdir()
     fresh, file, target = tmp_path / "fresh", source / "file", mirror / "file"

@@ -173,10 +173,12 @@ def test_the_configuration_is_valid(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.fault("K14")
 @pytest.mark.parametrize("passwords", [None, (DEPLOY / "nats" / "passwords.conf.example").read_text()])
 def test_the_server_does_not_start_without_passwords_of_ones_own(passwords: str | None, tmp_path: Path) -> None:
-    """Neither without the file nor with the example as it is: there is no default password to forget."""
+    """nats-server is to check the shipped configuration without a file of passwords, or with the example as it is.
+
+    It refuses both: there is no default password to forget.
+    """
     (tmp_path / "nats-server.conf").write_text(CONFIG)
     if passwords is not None:
         (tmp_path / "passwords.conf").write_text(passwords)
@@ -273,7 +275,10 @@ FORBIDDEN = {
 
 @pytest.mark.fault("K12", "K13")
 async def test_a_host_cannot_write_delete_or_look_elsewhere(server: NatsServer) -> None:
-    """Each attempt is refused by name, and the bucket is as it was."""
+    """With a host's login 13 publishes are tried (write, purge, delete, forge, read elsewhere) and 6 subscriptions.
+
+    Each attempt is refused by name, and the bucket is as it was.
+    """
     async with (
         connected(server, "publisher", PASSWORDS["PUBLISHER"]) as (publisher, _),
         connected(server, "host-1", PASSWORDS["HOST_1"]) as (host, errors),
@@ -310,7 +315,10 @@ async def attack(client: Client, api: str, target: str, request: dict[str, int])
 @pytest.mark.fault("K12", "K13")
 @pytest.mark.parametrize("what", ATTACKS)
 async def test_a_host_cannot_reach_the_api_through_a_reply_subject(what: str, server: NatsServer) -> None:
-    """The answers arrive in the hosts' account, where nothing listens: nothing changes."""
+    """A host's permitted read has the subject of a delete, purge or write as its reply: the server answers there.
+
+    The answers arrive in the hosts' account, where nothing listens: nothing changes.
+    """
     target, request = ATTACKS[what]
     async with (
         connected(server, "publisher", PASSWORDS["PUBLISHER"]) as (publisher, _),
@@ -337,7 +345,10 @@ async def test_a_host_cannot_reach_the_api_through_a_reply_subject(what: str, se
 
 @pytest.mark.fault("K12")
 async def test_the_same_reader_in_the_account_of_the_streams_would_destroy_the_bucket(tmp_path: Path) -> None:
-    """Why there are two accounts: with nothing but the right to read, but in SYNC, the attack deletes the bucket."""
+    """A user with the right to read alone, but in the streams' account, reads with the API's delete as the reply.
+
+    The bucket is gone: why there are two accounts.
+    """
     reader = """
       {
         user: "reader", password: "reader pw"
@@ -378,7 +389,10 @@ async def test_the_same_reader_in_the_account_of_the_streams_would_destroy_the_b
 async def test_nobody_comes_in_without_the_password(
     user: str | None, password: str | None, answer: bytes, server: NatsServer
 ) -> None:
-    """No anonymous access, no empty password."""
+    """A raw CONNECT is sent without a user, with an empty or a wrong password, and with another host's name.
+
+    The server answers with an authorization violation; only name and password together get in.
+    """
     login = {"verbose": False, "user": user, "pass": password} if user else {"verbose": False}
     async with asyncio.timeout(SECONDS):
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -412,7 +426,10 @@ def connection_of(block: int, server: NatsServer, directory: Path) -> Connection
 
 @pytest.mark.fault("K12")
 async def test_syncd_works_with_these_rights(server: NatsServer, tmp_path: Path) -> None:
-    """The README's publisher creates and fills the bucket, its host reads it, hears of it, and cannot write."""
+    """With the README's two logins syncd fills a bucket as publisher; as host it reads it and tries to delete.
+
+    Bucket, contents and hints work; the host's delete is NotPermitted.
+    """
     publisher, host = connection_of(0, server, tmp_path), connection_of(1, server, tmp_path)
     try:
         await publisher.start(SECONDS)

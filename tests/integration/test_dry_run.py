@@ -69,7 +69,10 @@ def test_gc_is_the_only_command_with_a_dry_run() -> None:
 async def test_a_dry_collection_changes_nothing(
     tmp_path: Path, nats_server: NatsServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it says would be freed is there afterwards, and so is every byte of the state; then it is freed."""
+    """`syncd gc --dry-run` is run twice on a folder with two generations, and blobs, to be freed.
+
+    Every stream, and every byte of source and state, is as before; a real one then frees.
+    """
     config = configured(tmp_path, nats_server.url)
     for number in range(3):
         (tmp_path / "source/f").write_text(f"version {number}")
@@ -91,7 +94,10 @@ async def test_a_dry_collection_changes_nothing(
 async def test_a_dry_collection_makes_marks_and_claims_nothing(
     tmp_path: Path, nats_server: NatsServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No bucket, one of another client, one of another publisher: each is only looked at."""
+    """`syncd gc --dry-run` meets no bucket, one of another client, and one of another publisher.
+
+    Each is only looked at: nothing is made, marked or claimed, and no stream changes.
+    """
     config = configured(tmp_path, nats_server.url)
     assert await run(config, "gc", "app", "--dry-run") != EXIT_OK
     assert "'app' does not exist" in capsys.readouterr().err

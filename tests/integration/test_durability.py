@@ -236,7 +236,7 @@ def test_what_the_recorder_misses_is_found_out(tmp_path: Path) -> None:
     """A file written by a way that is not recorded, a mode that was set behind its back."""
     (tmp_path / "file").write_bytes(b"old")
     with Recorder(tmp_path) as recorder:
-        with (tmp_path / "file").open("wb") as other:
+        with open(tmp_path / "file", "wb") as other:  # noqa: PTH123 - the way that is not recorded
             other.write(b"unseen")
         (tmp_path / "made").mkdir()
     assert len(recorder.recording.check(tmp_path)) == 1

@@ -89,6 +89,10 @@ async def test_stop_leaves_no_process_and_can_be_called_twice(tmp_path):
 
 @pytest.mark.fault("N1")
 async def test_a_killed_server_is_restarted_on_the_same_address(tmp_path):
+    """The embedded nats-server is killed (SIGKILL) under the task that supervises it.
+
+    Its death is logged with the signal, and another one serves on the same address.
+    """
     async with serving(make(tmp_path)) as server:
         running = asyncio.create_task(server.run())
         first = server.pid
@@ -127,8 +131,12 @@ async def test_a_restart_that_fails_is_tried_again(tmp_path):
         await asyncio.gather(running, return_exceptions=True)
 
 
-@pytest.mark.fault("U5")
+@pytest.mark.fault("N1")
 async def test_a_frozen_server_is_killed_after_its_time(tmp_path, monkeypatch):
+    """The embedded nats-server is stopped (SIGSTOP) before it is told to end; its time for that is 0.3 s.
+
+    It is killed then, and no process is left.
+    """
     monkeypatch.setattr(embedded, "STOP_SECONDS", 0.3)
     server = make(tmp_path)
     await server.start()
@@ -139,8 +147,11 @@ async def test_a_frozen_server_is_killed_after_its_time(tmp_path, monkeypatch):
     assert gone(pid)
 
 
-@pytest.mark.fault("U5")
 async def test_a_cancelled_start_and_a_cancelled_stop_leave_no_process(tmp_path, monkeypatch):
+    """A start is cancelled while the server is not ready, and a stop while the server is frozen (SIGSTOP).
+
+    Both end as cancelled, and no process is left.
+    """
     server = make(tmp_path)
     monkeypatch.setattr(EmbeddedServer, "_ports", lambda *_: [])  # never ready
     starting = asyncio.create_task(server.start())
@@ -181,8 +192,11 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.fault("C1")
 async def test_a_sigkilled_daemon_takes_its_server_with_it_and_the_next_one_starts_at_once(tmp_path):
+    """A process with an embedded nats-server is killed (SIGKILL), and the next one started at once on its store.
+
+    The old server is gone, and the new one serves on the same address.
+    """
     port = free_port()
     daemon = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", DAEMON, f"127.0.0.1:{port}", str(tmp_path / "nats"), str(BINARY)),
@@ -249,9 +263,11 @@ async def test_another_server_on_the_address_does_not_pass_for_ours(tmp_path):
             await second.start()
 
 
-@pytest.mark.fault("C5")
 async def test_two_servers_never_share_a_store(tmp_path):
-    """nats-server itself (2.15.1) would start a second one on it."""
+    """A second embedded server is started on the store of a running one, as nats-server itself (2.15.1) would do.
+
+    It is refused and names the process that holds the store; when that has stopped, the next one starts.
+    """
     async with serving(make(tmp_path)):
         with pytest.raises(Locked, match=f"process {os.getpid()}"):
             await make(tmp_path, lock_seconds=0.2).start()
@@ -347,8 +363,11 @@ async def test_an_address_that_is_not_ours_is_told_in_the_servers_own_words(tmp_
         await server.start()
 
 
-@pytest.mark.fault("X1")
 async def test_a_store_directory_that_cannot_be_made_is_a_disk_problem(tmp_path):
+    """A file stands where the embedded server's directory is to be made.
+
+    The start is a disk problem that says so.
+    """
     (tmp_path / "nats").write_text("a file")
     with pytest.raises(DiskProblem, match="nats cannot be used: File exists"):
         await make(tmp_path).start()

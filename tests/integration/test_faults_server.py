@@ -33,6 +33,7 @@ from syncd.store.connection import Connection
 from tests.support.backup import DiskBackup, StreamBackup, last_seq
 from tests.support.lines import Line
 from tests.support.pair import pair, publisher_of, subscriber_of
+from tests.support.pki import Authority
 from tests.support.server import NatsServer
 from tests.support.store import connected, live_kit, put, raw_client
 from tests.support.trees import difference, eventually
@@ -75,11 +76,20 @@ def fill(source: Path, files: int = 3, size: int = 70_000) -> None:
     (source / "small").write_text("s")
 
 
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Make the deadlines of requests a tenth, or less, of what they are; return the connection's part of it."""
+    for module, name in ((transport_module, "OFFLINE_SECONDS"), (transport_module, REQUEST), (api_module, REQUEST)):
+        monkeypatch.setattr(module, name, 0.25)
+    monkeypatch.setattr(Connection.client, "__defaults__", (0.25,))
+    return {"request_seconds": 0.25}
+
+
 # -- N5: the bucket ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("N5")
-@pytest.mark.parametrize(("how", "layout"), [("disk", "generations"), ("disk", "objects"), ("stream", "generations")])
+@both_layouts
+@pytest.mark.parametrize("how", ["disk", "stream"])
 async def test_what_an_old_backup_lacks_is_sent_again(
     how: str, layout: str, tmp_path: Path, nats_server: NatsServer
 ) -> None:
@@ -117,14 +127,15 @@ async def seal(url: str, bucket: str) -> None:
         await client.jetstream().update_stream(config)
 
 
+@both_layouts
 @pytest.mark.fault("N5")
 async def test_a_bucket_that_is_sealed_under_its_publisher_is_named_and_others_go_on(
-    tmp_path: Path, nats_server: NatsServer
+    layout: str, tmp_path: Path, nats_server: NatsServer
 ) -> None:
     """It takes nothing any more, for ever; its mirror keeps what it has, and another folder notices nothing."""
     async with (
-        pair(tmp_path / "sealed", nats_server.url, folder="sealed") as sealed,
-        pair(tmp_path / "open", nats_server.url, folder="open", logs=sealed.logs) as other,
+        pair(tmp_path / "sealed", nats_server.url, layout, folder="sealed") as sealed,
+        pair(tmp_path / "open", nats_server.url, layout, folder="open", logs=sealed.logs) as other,
     ):
         for each in (sealed, other):
             fill(each.source)
@@ -190,12 +201,7 @@ async def test_a_server_that_is_frozen_beyond_every_deadline_is_waited_for(
     tmp_path: Path, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGSTOP until both have given up and say so; all deadlines are a tenth, or less, of what they are."""
-    short: dict[str, Any] = {}
-    if not FROZEN_SECONDS:
-        for module, name in ((transport_module, "OFFLINE_SECONDS"), (transport_module, REQUEST), (api_module, REQUEST)):
-            monkeypatch.setattr(module, name, 0.25)
-        monkeypatch.setattr(Connection.client, "__defaults__", (0.25,))
-        short = {"ping_seconds": 0.2, "request_seconds": 0.25, "connect_seconds": 0.25}
+    short = {} if FROZEN_SECONDS else {**in_a_hurry(monkeypatch), "ping_seconds": 0.2, "connect_seconds": 0.25}
     async with pair(tmp_path, nats_server.url, **short) as two:
         fill(two.source)
         await two.equal()
@@ -428,6 +434,7 @@ async def test_notifications_doubled_out_of_order_late_and_from_a_bucket_before_
         for message in recorded:
             await client.publish(message.subject, message.data, headers=message.headers)
         await client.flush()
+        (two.source / "meanwhile").write_text("m")  # with nothing to do, its publisher would see at the next timer
         await two.logged("bucket_created", count=2)
         await two.whole()
         (two.source / "small").write_text("followed in the new one")
@@ -475,14 +482,15 @@ def reload(server: NatsServer, config: str) -> None:
         time.sleep(0.01)
 
 
+@both_layouts
 @pytest.mark.fault("N6")
 @pytest.mark.parametrize(
-    ("role", "what", "subject", "layout"),
+    ("role", "what", "subject"),
     [
-        ("publish", "publish", "$O.app.>", "generations"),
-        ("publish", "subscribe", "_INBOX.>", "objects"),
-        ("subscribe", "publish", "$JS.API.DIRECT.GET.>", "generations"),
-        ("subscribe", "subscribe", "_INBOX.>", "objects"),
+        ("publish", "publish", "$O.app.>"),
+        ("publish", "subscribe", "_INBOX.>"),
+        ("subscribe", "publish", "$JS.API.DIRECT.GET.>"),
+        ("subscribe", "subscribe", "_INBOX.>"),
     ],
 )
 async def test_a_right_that_is_taken_away_is_named_and_its_return_heals(
@@ -501,6 +509,66 @@ async def test_a_right_that_is_taken_away_is_named_and_its_return_heals(
         await asyncio.to_thread(reload, server, users())
         await two.equal()
         assert side.connection.state == "connected"
+
+
+def one_user(password: str) -> str:
+    return f'authorization {{ user: "u", password: "{password}" }}\n'
+
+
+@both_layouts
+@pytest.mark.fault("N6 K14")
+async def test_credentials_that_are_rotated_on_disk_are_taken_up_by_both_sides(
+    layout: str, tmp_path: Path, serve: Callable[[str], NatsServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server reloads with a new password and throws both out; some time later their file has it."""
+    server = serve(one_user("old-one"))
+    file = tmp_path / "password"
+    file.write_text("old-one")
+    short = in_a_hurry(monkeypatch)
+    async with pair(tmp_path, server.url, layout, user="u", password_file=str(file), **short) as two:
+        fill(two.source)
+        await two.equal()
+        await asyncio.to_thread(reload, server, one_user("new-one"))
+        (two.source / "small").write_text("not yet")
+        for side in (two.publisher, two.subscriber):
+            assert (await side.complains("refused our credentials")).state is FolderState.WAITING
+        file.write_text("new-one")
+        await two.equal()
+        assert {side.connection.state for side in (two.publisher, two.subscriber)} == {"connected"}
+        assert "-one" not in repr([two.logs, two.publisher.history, two.subscriber.history])
+
+
+@both_layouts
+@pytest.mark.fault("N6")
+@pytest.mark.parametrize(("case", "words"), [("expired", "has expired"), ("another name", "hostname mismatch")])
+async def test_a_server_that_comes_back_with_a_bad_certificate_is_named_and_a_good_one_heals(
+    layout: str,
+    case: str,
+    words: str,
+    tmp_path: Path,
+    serve: Callable[[str], NatsServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is restarted with a certificate that has expired or is for another host, and again with one that is good."""
+    ca = Authority(tmp_path / "pki")
+
+    def tls(name: str, **how: Any) -> str:
+        cert, key = ca.issue(name, **how)
+        return f'tls {{ cert_file: "{cert}", key_file: "{key}", timeout: 5 }}\n'
+
+    server = serve(tls("good"))
+    async with pair(tmp_path, server.url, layout, tls_ca_file=str(ca.file), **in_a_hurry(monkeypatch)) as two:
+        fill(two.source)
+        await two.equal()
+        server.extra = tls("bad", expired=True) if case == "expired" else tls("bad", hosts=("other.example",))
+        await server.arestart()
+        (two.source / "small").write_text("not yet")
+        for side in (two.publisher, two.subscriber):
+            assert (await side.complains(words)).state is FolderState.WAITING
+        assert (two.mirror / "small").read_text() == "s"
+        server.extra = tls("better")
+        await server.arestart()
+        await two.equal()
 
 
 def test_nats_py_still_has_the_inner_names_that_tell_how_far_it_is() -> None:

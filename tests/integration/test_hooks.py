@@ -945,6 +945,38 @@ def test_nobody_gets_a_signal_twice(monkeypatch, status, signalled):
     assert sorted(found) == signalled
 
 
+def test_a_hook_without_a_session_yet_and_what_cannot_be_signalled_keep_nobody_from_the_signal(monkeypatch):
+    """The hook is not in a group of its own yet, one process has ended, and one is another user's."""
+    found: list[int] = []
+    monkeypatch.setattr(hookguard, "running", lambda: {1: (0, 1), 2: (1, 1), 3: (2, 1), 4: (2, 4), 5: (2, 5)})
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+
+    def killpg(*_: int) -> None:
+        raise ProcessLookupError(errno.ESRCH, "no such group")
+
+    def kill(pid: int, _: int) -> None:
+        found.append(pid)
+        if pid in {3, 4}:
+            raise OSError(errno.ESRCH if pid == 3 else errno.EPERM, "refused")
+
+    monkeypatch.setattr(os, "killpg", killpg)
+    monkeypatch.setattr(os, "kill", kill)
+    guard = object.__new__(hookguard.Guard)
+    guard._hook, guard._status = 2, None
+    guard._signal(signal.SIGTERM)
+    assert sorted(found) == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("status", "left"), [(None, {2}), (0, set())])
+def test_a_hook_counts_as_alive_until_it_is_reaped_whatever_proc_says(monkeypatch, status, left):
+    """Where /proc cannot be read nobody is found below the guard: it must not take the hook for ended."""
+    monkeypatch.setattr(hookguard, "running", dict)
+    guard = object.__new__(hookguard.Guard)
+    monkeypatch.setattr(guard, "_reap", lambda: None)
+    guard._hook, guard._status = 2, status
+    assert guard._alive() == left
+
+
 def test_a_guard_whose_daemon_is_gone_already_begins_nothing(tmp_path):
     """The leash has ended before the hook began."""
     leash, pull = os.pipe()

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 @pytest.mark.fault("O5")
 @pytest.mark.parametrize("size", [0, 10_000])
 async def test_a_page_that_does_not_end_is_given_up(nats_server: NatsServer, size: int) -> None:
-    """Long before it is a burden: somebody answers in JetStream's place, and goes on for ever."""
+    """Another client answers a read in JetStream's place, with messages of 0 or 10,000 bytes without end.
+
+    The page is given up as more than was asked for, long before it is a burden.
+    """
     async with live_kit(nats_server.url) as kit:
         sent = 0
         ended = asyncio.Event()

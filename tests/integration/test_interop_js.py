@@ -113,9 +113,11 @@ async def test_javascript_sees_headers_metadata_and_status(world: Interop, js: J
     assert status["size"] > 10
 
 
-@pytest.mark.fault("O8")
 async def test_javascript_lists_a_bucket_with_directories_symlinks_and_tombstones(world: Interop, js: JsClient) -> None:
-    """Directories and symlinks are objects of size 0; what was deleted is not listed and not found."""
+    """syncd publishes a directory, a symlink, a file and one that it deletes again; the JavaScript client reads.
+
+    Directories and symlinks are objects of size 0; what was deleted is not listed and not found.
+    """
     (world.source / "void").mkdir()
     (world.source / "link").symlink_to("d/file")
     await world.push({"d/file": b"x", "gone": b"y"})
@@ -195,7 +197,10 @@ async def test_javascript_follows_links_that_syncd_wrote(world: Interop, js: JsC
 
 @pytest.mark.fault("O6")
 async def test_syncd_mirrors_every_size_that_javascript_wrote(world: Interop, js: JsClient) -> None:
-    """Equal bytes for every size and a chunk size of the writer's own; a second round has nothing to do."""
+    """JavaScript puts contents of 0 bytes to 3 MiB, around whole chunks among them, and one in chunks of 1 KiB.
+
+    syncd mirrors equal bytes, and a second round has nothing to do.
+    """
     await js.call("create", world.bucket)
     files = {name: content(size, size) for name, size in SIZES.items()}
     for name, data in files.items():
@@ -494,7 +499,10 @@ async def test_one_latin_1_name_can_be_two_objects_and_the_newest_counts(world: 
 async def test_which_forms_of_a_digest_javascript_reads(
     world: Interop, js: JsClient, form: str, by_javascript: bool
 ) -> None:
-    """It takes unpadded and hexadecimal ones too, and wants the prefix in capitals."""
+    """Metadata is written by hand with a digest that is padded, unpadded, standard base64, lower case, hex or absent.
+
+    JavaScript reads all of them but the one with a prefix in lower case and the absent one.
+    """
     digest = DIGESTS[form][0]
     await world.create()
     await put_raw(world, "x", DATA, **({} if digest is None else {"digest": digest}))

@@ -140,7 +140,10 @@ async def test_nats_py_watches_a_bucket_that_syncd_publishes_to(world: Interop) 
 
 @pytest.mark.fault("O8")
 async def test_tombstones_of_syncd_do_not_break_a_listing_by_nats_py(world: Interop) -> None:
-    """They are listed as deleted unless told not to; a bucket without any other object is "not found"."""
+    """syncd publishes two files and deletes the one, then the other; nats-py lists and gets each time.
+
+    They are listed as deleted; where that is not wanted, a bucket without any other object is "not found".
+    """
     await world.push({"a": b"1", "b": b"2"})
     (world.source / "a").unlink()
     await world.push()
@@ -170,7 +173,10 @@ async def test_nats_py_follows_links_that_syncd_wrote(world: Interop) -> None:
 
 @pytest.mark.fault("O6")
 async def test_syncd_mirrors_every_size_that_nats_py_wrote(world: Interop) -> None:
-    """Equal bytes for every size; nothing is left to do in a second round."""
+    """nats-py puts contents of 0 bytes to 3 MiB, around whole chunks among them.
+
+    syncd mirrors equal bytes, and a second round has nothing to do.
+    """
     store = await world.create()
     files = {name: content(size, size) for name, size in SIZES.items()}
     for name, data in files.items():
@@ -200,7 +206,10 @@ async def test_syncd_mirrors_every_name_that_nats_py_wrote(world: Interop) -> No
 
 @pytest.mark.fault("P1 P6")
 async def test_names_of_nats_py_that_are_no_paths_are_reported(world: Interop) -> None:
-    """A store may hold names that no directory can: they are problems of their own, the rest is mirrored."""
+    """nats-py puts objects with names like `/absolute`, `../up`, `a//b`, `.`, `.syncd/lock`, and one of 256 letters.
+
+    Each is a problem of its own, and the good one beside them is mirrored.
+    """
     store = await world.create()
     bad = ["/absolute", "../up", "a//b", "trailing/", ".", ".syncd/lock", "m" * 256]
     for name in [*bad, "good"]:
@@ -398,7 +407,10 @@ DIGESTS = {
 @pytest.mark.fault("O1")
 @pytest.mark.parametrize("form", DIGESTS)
 async def test_which_forms_of_a_digest_are_read(world: Interop, form: str) -> None:
-    """syncd reads every base64; what it cannot verify it reports and does not write."""
+    """Metadata is written by hand with a digest that is padded, unpadded, standard base64, lower case, hex or absent.
+
+    syncd reads every base64; what it cannot verify it reports and does not write.
+    """
     digest, by_nats_py, by_syncd = DIGESTS[form]
     store = await world.create()
     await put_raw(world, "x", DATA, **({} if digest is None else {"digest": digest}))

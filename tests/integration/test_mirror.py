@@ -108,7 +108,10 @@ def code_of(problems: list[Problem]) -> dict[str, str]:
 
 @pytest.mark.fault("D4 M1 M3 M5 P8")
 def test_a_mirror_goes_from_one_tree_to_another_and_back(root: Path, keeper: Keeper) -> None:
-    """Content, kinds, modes and times, those of directories included, are exactly the target's."""
+    """A mirror goes to and fro between trees: kinds swap, set-id bits, times of 1969 and 2128, a name with quotes.
+
+    Content, kinds, modes and times, those of directories included, are exactly the target's each time.
+    """
     for tree in (OLD, NEW, OLD, {}):
         outcome = keeper.go(tree)
         assert (outcome.problems, outcome.drifted) == ([], [])
@@ -127,9 +130,12 @@ def test_going_where_it_is_does_nothing(root: Path, keeper: Keeper) -> None:
     assert lstat(root / ".syncd") == before
 
 
-@pytest.mark.fault("M1 M2")
+@pytest.mark.fault("M1")
 def test_modes_come_from_the_entry_and_never_from_the_umask(root: Path, keeper: Keeper) -> None:
-    """A umask of 077 and set-id bits of an entry."""
+    """Under a umask of 077, files and directories are placed with set-id and sticky bits and with modes like 0666.
+
+    Each has exactly the mode of its entry, and a set-id bit goes with the next version.
+    """
     tree = {
         "d": folder(mode=0o2775),
         "d/f": file("x", mode=0o666),
@@ -151,7 +157,10 @@ def test_modes_come_from_the_entry_and_never_from_the_umask(root: Path, keeper: 
 def test_a_directory_is_closed_to_others_until_it_is_complete(
     root: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While files are placed into a new directory, nobody else can enter it."""
+    """While a file is placed into a new directory of mode 0755, that directory is looked at before the rename.
+
+    Nobody else can enter it then (0700); in the end it has its mode.
+    """
     seen = []
     rename = os.rename
 
@@ -210,7 +219,10 @@ def test_what_is_verified_is_the_staged_file_and_not_the_stream(root: Path, mirr
 @pytest.mark.fault("O7")
 @pytest.mark.parametrize("lie", ["flip", "longer"])
 def test_small_content_is_read_back_too(root: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
-    """A disk that stores something else than was written."""
+    """A disk that lies: os.write is replaced by one that changes the first byte, or stores one more than it was given.
+
+    What is staged is a disk problem, and the file is gone.
+    """
     write = os.write
 
     def lying(fd: int, data: bytes) -> int:
@@ -242,7 +254,10 @@ def test_short_writes_are_continued(root: Path, mirror: Mirror, monkeypatch: pyt
 
 @pytest.mark.fault("O1 O5")
 def test_content_that_is_not_what_its_entry_says_is_refused(root: Path, mirror: Mirror) -> None:
-    """Wrong digest, too short, too long: each names itself, the good one beside them is staged."""
+    """Contents with a wrong digest, a byte too few or a byte too many are staged, whole and in pieces.
+
+    Each is refused by itself as corrupt; the good one beside them is staged.
+    """
     good = file("good")
     wrong = Entry(Kind.FILE, 0o644, 1, 4, blake3(b"evil").hexdigest())
     results = mirror.stage_bytes(
@@ -325,7 +340,10 @@ def test_a_copy_falls_back_to_reading_and_writing(root: Path, keeper: Keeper, mo
 
 @pytest.mark.fault("P1 P6")
 def test_no_path_leads_out_of_the_root_or_into_our_own_files(tmp_path: Path, root: Path, keeper: Keeper) -> None:
-    """Every step and every look refuses the name; the good path of the same plan is placed."""
+    """The steps of a plan name paths that climb out, are absolute, doubled, too long, hold a NUL or are .syncd's.
+
+    Every step and every look refuses the name; the good path of the same plan is placed.
+    """
     mirror = keeper.mirror
     node = file("x")
     bad = ["../out", "a/../../out", "/etc/out", "a//b", "./a", "a/", ".syncd/lock", ".syncd", "a\0b", "x" * 256, ""]
@@ -411,7 +429,10 @@ PLANTS = ["file", "symlink", "dangling", "fifo", "socket", "hardlink", "empty_di
 def test_repair_replaces_what_drifted_and_never_follows_it(
     tmp_path: Path, root: Path, keeper: Keeper, what: str, known: bool
 ) -> None:
-    """Symlinks, fifos, sockets and hard links are replaced by the rename; what they lead to is untouched."""
+    """Where a file belongs another one, a symlink, fifo, socket, hard link to outside or empty directory is planted.
+
+    Under repair each is replaced, known to the index before or not; what it leads to is untouched.
+    """
     outside = tmp_path / "outside"
     outside.write_text("outside")
     if known:
@@ -433,7 +454,10 @@ def test_repair_replaces_what_drifted_and_never_follows_it(
 @pytest.mark.parametrize("what", [*PLANTS, "full_dir"])
 @pytest.mark.parametrize("policy", ["report", "keep"])
 def test_report_and_keep_leave_what_drifted(tmp_path: Path, root: Path, keeper: Keeper, what: str, policy: str) -> None:
-    """Told as a problem under report; listed as drifted under both; the rest of the batch is applied."""
+    """A mirrored file is replaced by another, a link, fifo, socket or directory; then it changes upstream.
+
+    It stays: a problem under report, listed as drifted under both; the rest of the batch is applied.
+    """
     outside = tmp_path / "outside"
     outside.write_text("outside")
     keeper.go({"f": file("old"), "g": file("old")})
@@ -451,7 +475,10 @@ def test_report_and_keep_leave_what_drifted(tmp_path: Path, root: Path, keeper: 
 @pytest.mark.fault("D3 D5")
 @pytest.mark.parametrize("known", [True, False])
 def test_a_directory_with_files_of_others_is_never_replaced(root: Path, keeper: Keeper, known: bool) -> None:
-    """Nothing in it is lost; the path that wants its place is a problem, the others are placed."""
+    """A file is to be placed where a directory, ours or not, holds somebody else's file.
+
+    His file stays, and the path that wants its place is a problem; the others are placed.
+    """
     if known:
         keeper.go({"f": folder(), "f/ours": file("ours")})
     else:
@@ -466,7 +493,10 @@ def test_a_directory_with_files_of_others_is_never_replaced(root: Path, keeper: 
 
 @pytest.mark.fault("D3 D5")
 def test_a_removed_directory_that_holds_files_of_others_stays(root: Path, keeper: Keeper) -> None:
-    """What syncd wrote in it is removed; the directory is listed and goes once it is empty."""
+    """Somebody puts a file into a mirrored directory, and all of that directory is removed upstream.
+
+    What syncd wrote in it is removed; the directory is listed and goes once it is empty.
+    """
     keeper.go({"d": folder(), "d/ours": file("x"), "d/sub": folder()})
     (root / "d/theirs").write_text("precious")
     outcome = keeper.go({})
@@ -496,7 +526,10 @@ def test_a_file_edited_here_and_removed_upstream_follows_the_policy(
 @pytest.mark.fault("D4")
 @pytest.mark.parametrize("policy", ["report", "keep"])
 def test_a_file_edited_here_that_became_a_directory_upstream_is_kept(root: Path, keeper: Keeper, policy: str) -> None:
-    """One word about it under report, none under keep; what belongs below it has no place."""
+    """A file is edited in the mirror and becomes a directory with a file upstream, under report or keep.
+
+    The edit stays, told once under report; what belongs below it has no place and says so, the rest is placed.
+    """
     keeper.go({"f": file("old")})
     (root / "f").write_text("edited")
     outcome = keeper.go({"f": folder(), "f/g": file("g"), "h": file("h")}, drift=policy)
@@ -530,7 +563,10 @@ def test_what_took_the_place_of_a_removed_file_is_not_ours_to_remove(
 def test_nothing_is_written_through_a_planted_parent(
     tmp_path: Path, root: Path, keeper: Keeper, planted: str, policy: str
 ) -> None:
-    """Place, mode, time, removal and directory steps below it touch nothing outside; each path says why."""
+    """A mirrored directory is replaced by a symlink to one outside, or by a file; then a plan changes all below it.
+
+    Placing, modes, times, removal and new directories touch nothing outside, under any policy; each path says why.
+    """
     outside = tmp_path / "outside"
     (outside / "e").mkdir(parents=True)
     for name in ("f", "meta", "gone", "e/x"):
@@ -577,7 +613,10 @@ def test_a_fifo_where_a_directory_belongs_is_replaced_under_repair(root: Path, k
 
 @pytest.mark.fault("P7")
 def test_a_file_wanted_together_with_a_path_below_it_leaves_the_file(root: Path, keeper: Keeper) -> None:
-    """The path below is a problem, now and whenever it is tried again."""
+    """A plan wants `a` as a file and `a/b` as a file, and is tried twice.
+
+    `a` is placed, `a/b` is a problem each time, and the rest is placed.
+    """
     tree = {"a": file("a"), "a/b": file("b"), "c": file("c")}
     for told in ({"a/b"}, {"a", "a/b"}):  # once "a" is there, it is in the way of the directory that "a/b" needs
         outcome = keeper.go(tree)
@@ -592,7 +631,10 @@ def test_a_file_wanted_together_with_a_path_below_it_leaves_the_file(root: Path,
 def test_mode_and_time_of_a_file_with_other_names_do_not_reach_those(
     tmp_path: Path, root: Path, keeper: Keeper
 ) -> None:
-    """The inode is left to the other name; the mirror gets a copy."""
+    """Somebody gives a mirrored file a second hard link outside; then another mode (4755) and time come for it.
+
+    The inode is left to the other name, unchanged; the mirror gets a copy.
+    """
     keeper.go({"f": file("shared")})
     os.link(root / "f", tmp_path / "twin")
     keeper.index["f"] = (keeper.index["f"][0], lstat(root / "f"))  # making the link changed the ctime
@@ -611,7 +653,10 @@ def test_mode_and_time_of_a_file_with_other_names_do_not_reach_those(
 def test_mode_and_time_are_not_given_to_something_else(
     tmp_path: Path, root: Path, keeper: Keeper, what: str, policy: str
 ) -> None:
-    """A planted link, or changed content, gets nothing, under every policy; the path asks for another look."""
+    """A mirrored file is replaced by a link, fifo, directory or other content; then mode 4777 and a time come for it.
+
+    None of them gets either, under every policy, nor does what it leads to; the path has drifted.
+    """
     outside = tmp_path / "outside"
     outside.write_text("outside")
     keeper.go({"f": file("content")})
@@ -667,9 +712,12 @@ def test_looking_tells_what_is_there(tmp_path: Path, root: Path, keeper: Keeper)
             keeper.mirror.read_digests(path)
 
 
-@pytest.mark.fault("L6 P4")
+@pytest.mark.fault("P4")
 def test_walking_goes_in_component_order_and_follows_nothing(root: Path, keeper: Keeper) -> None:
-    """Children directly behind their directory, names by bytes, any .syncd left out."""
+    """A mirror with symlinks to `/` and to itself, a foreign .syncd and a name that is not UTF-8 is walked.
+
+    No link is followed, .syncd is left out, that name is a problem; children come directly behind their directory.
+    """
     tree = {
         "a": folder(), "a/z": file("x"), "a-b": file("x"), "b": folder(), "b/é": file("x"), "b/z": file("x"),
         "b/loop": link("."), "ü": link("/"),
@@ -720,7 +768,10 @@ def test_a_walk_leaves_out_what_vanishes_under_it(root: Path, keeper: Keeper) ->
 
 @pytest.mark.fault("U4")
 def test_peeking_creates_nothing_and_needs_no_lock(tmp_path: Path, root: Path, keeper: Keeper) -> None:
-    """Beside a running daemon, and in a directory that never was a mirror."""
+    """A mirror is read by Mirror.peek() while its lock is held; so is a directory that never was a mirror.
+
+    It reads the one and finds nothing in the other, and creates nothing.
+    """
     keeper.go(OLD)
     with Mirror.peek(root) as view:
         assert {path for path, _ in view.walk()} == set(OLD)
@@ -739,7 +790,10 @@ def test_peeking_creates_nothing_and_needs_no_lock(tmp_path: Path, root: Path, k
 
 @pytest.mark.fault("C5")
 def test_a_second_process_is_refused_and_told_who_holds_the_mirror(root: Path) -> None:
-    """The lock goes with its process, however that ends."""
+    """A mirror is opened while another process holds it, and again after that was killed (SIGKILL).
+
+    The first is refused with the process's number; the lock goes with its process, so the second gets it.
+    """
     holder = run("hold", root, wait=False)
     try:
         assert holder.stdout is not None
@@ -771,7 +825,10 @@ def test_a_mirror_is_made_only_where_that_is_wanted(tmp_path: Path) -> None:
 def test_a_private_directory_that_others_prepared_is_refused(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
 ) -> None:
-    """A symlink, a file, one that others may write, one of another owner; no descriptor leaks."""
+    """`.syncd` or its `stage` is there already: a symlink, a file, writable for all, or of another owner.
+
+    Opening is a disk problem, and no descriptor leaks.
+    """
     target = root / name
     target.parent.mkdir(parents=True)
     target.parent.chmod(0o700)
@@ -810,7 +867,10 @@ def test_a_private_directory_of_ours_that_others_could_read_is_closed(root: Path
 @pytest.mark.fault("L10")
 @pytest.mark.parametrize("what", ["root", "private", "stage", "gone"])
 def test_a_root_that_was_replaced_while_running_is_not_written_to(tmp_path: Path, root: Path, what: str) -> None:
-    """Nothing is applied, neither to the old nor to the new directory."""
+    """The root, `.syncd` or `stage` of an open mirror is renamed away and made anew, or not; then a plan is committed.
+
+    Commit and recovery refuse: nothing is applied, neither to the old nor to the new directory.
+    """
     with Mirror.open(root) as mirror:
         keeper = Keeper(mirror)
         keeper.go({"f": file("old")})
@@ -873,7 +933,10 @@ def nobodys() -> Iterator[Path]:
 
 @pytest.mark.fault("M1")
 def test_read_only_directories_are_opened_up_for_a_moment_without_root(nobodys: Path) -> None:
-    """Ours, without write, search or read permission: changed below, and closed again as the tree says."""
+    """An unprivileged process changes files below its own directories of modes 0555, 0311, 0500 and 0000.
+
+    All changes are made, and the directories closed again as the tree says.
+    """
     as_nobody(
         """
 root = Path(sys.argv[1]) / "m"
@@ -905,28 +968,29 @@ print("fine")
     assert (nobodys / "m/d/s/g").read_text() == "g3"
 
 
-@pytest.mark.fault("S3")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can leave a directory of another user's in a mirror")
 def test_one_path_without_permission_is_its_own_problem(nobodys: Path) -> None:
-    """The rest of the batch is applied, and nothing is left in the staging directory."""
+    """An unprivileged process is to place a file and a directory into a directory of root's in its mirror.
+
+    Both are problems of their own; the rest of the batch is applied, and nothing is left staged.
+    """
     root = nobodys / "m"
     root.mkdir()
     (root / "theirs").mkdir()
     (root / "theirs/f").write_text("theirs")
-    theirs = (root / "theirs").stat().st_uid
-    if theirs == 0:
-        os.chown(root, 65534, 65534)
-        told = as_nobody(
-            """
+    os.chown(root, 65534, 65534)
+    told = as_nobody(
+        """
 with Mirror.open(Path(sys.argv[1])) as mirror:
     tree = {"theirs/f": file("ours"), "theirs/new": folder(), "b": file("b")}
     outcome = Keeper(mirror).go(tree)
     print(sorted((p.path, p.code) for p in outcome.problems), sorted(d.path for d in outcome.placed))
 """,
-            root,
-        )
-        assert told == "[('theirs/f', 'not_permitted'), ('theirs/new', 'not_permitted')] ['b']"
-        assert (root / "theirs/f").read_text() == "theirs"
-        assert litter(root) == []
+        root,
+    )
+    assert told == "[('theirs/f', 'not_permitted'), ('theirs/new', 'not_permitted')] ['b']"
+    assert (root / "theirs/f").read_text() == "theirs"
+    assert litter(root) == []
     with Mirror.peek(root) as view:
         assert "theirs/f" in [path for path, _ in view.walk()]
 

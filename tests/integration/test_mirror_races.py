@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BUDGET_SECONDS = 1.0
+ENOUGH, PATIENCE_SECONDS = 20, 20.0
+"""Rounds that prove something, and the time they may take on a busy machine."""
 SWAP = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -69,12 +71,12 @@ class Arena:
         self.mirror.close()
 
     def rounds(self) -> Iterator[int]:
-        end = time.monotonic() + BUDGET_SECONDS
+        began = time.monotonic()
         count = 0
-        while time.monotonic() < end:
+        while (spent := time.monotonic() - began) < BUDGET_SECONDS or (count <= ENOUGH and spent < PATIENCE_SECONDS):
             yield count
             count += 1
-        assert count > 20, "the loop hardly ran"
+        assert count > ENOUGH, "the loop hardly ran"
 
 
 @pytest.fixture
@@ -126,12 +128,16 @@ def dir_meta(_: Arena, count: int) -> MirrorPlan:
     return MirrorPlan(dir_meta=(DirMeta("d/sub", 0o777, count), DirMeta("d", 0o777, count)))
 
 
-@pytest.mark.fault("L2 L4 L8")
+@pytest.mark.fault("L2 L4")
 @pytest.mark.parametrize("make", [place, place_deeper, set_meta, remove_file, remove_tree, make_dirs, dir_meta])
 def test_no_step_reaches_through_a_parent_that_is_swapped_for_a_symlink(
     arena: Arena, make: Callable[[Arena, int], MirrorPlan]
 ) -> None:
-    """Whatever moment the swap hits, nothing outside is made, changed or removed."""
+    """Another process swaps a mirror's directory for a symlink to outside (RENAME_EXCHANGE) as fast as it can.
+
+    For a second files are placed, chmodded and removed and directories made below: nothing outside is made, changed or
+    removed.
+    """
     refused = done = 0
     for count in arena.rounds():
         outcome = arena.mirror.commit(make(arena, count), drift="repair")
@@ -145,7 +151,10 @@ def test_no_step_reaches_through_a_parent_that_is_swapped_for_a_symlink(
 
 @pytest.mark.fault("L2")
 def test_no_look_reaches_through_a_parent_that_is_swapped_for_a_symlink(arena: Arena) -> None:
-    """Neither content nor names from outside are ever seen, copied or hashed."""
+    """While another process swaps a mirror's directory for a symlink to outside, that is walked, hashed and copied.
+
+    Neither content nor names from outside are ever seen, copied or hashed.
+    """
     (arena.outside / "only_outside").write_text("x")
     arena.before = arena.seen_outside()
     want = file("outside f").entry
@@ -165,7 +174,10 @@ def test_no_look_reaches_through_a_parent_that_is_swapped_for_a_symlink(arena: A
 
 @pytest.mark.fault("L3")
 def test_a_target_that_keeps_turning_into_a_fifo_or_symlink_is_never_opened(tmp_path: Path) -> None:
-    """A fifo would block, a symlink would lead outside; setting modes and reading neither waits nor follows."""
+    """Another process swaps a mirrored file for a fifo, then for a symlink to outside, as fast as it can.
+
+    Setting modes, hashing and copying neither wait at the one nor follow the other.
+    """
     outside = tmp_path / "outside"
     outside.write_text("outside")
     before = (outside.stat().st_mode, outside.stat().st_mtime_ns)
@@ -173,6 +185,7 @@ def test_a_target_that_keeps_turning_into_a_fifo_or_symlink_is_never_opened(tmp_
         keeper = Keeper(mirror)
         keeper.go({"f": file("content")})
         for number, make in enumerate((os.mkfifo, lambda p: p.symlink_to(outside))):
+            seen = refused = 0
             make(tmp_path / "other")
             swapper = subprocess.Popen(
                 [sys.executable, "-c", SWAP, str(tmp_path / "m/f"), str(tmp_path / "other")],
@@ -181,12 +194,17 @@ def test_a_target_that_keeps_turning_into_a_fifo_or_symlink_is_never_opened(tmp_
             try:
                 assert swapper.stdout is not None
                 swapper.stdout.readline()
-                end = time.monotonic() + BUDGET_SECONDS
-                while time.monotonic() < end:
+                began = time.monotonic()
+                while (spent := time.monotonic() - began) < BUDGET_SECONDS or (
+                    not (seen and refused) and spent < PATIENCE_SECONDS
+                ):
                     entry = file("content", mode=0o4777, mtime_ns=T0 + number).entry
                     mirror.commit(MirrorPlan(set_meta=(SetMeta("f", entry, None),)), drift="repair")
-                    with contextlib.suppress(FileChanged, DiskProblem):
+                    try:
                         assert mirror.read_digests("f")[0] == entry.digest
+                        seen += 1
+                    except (FileChanged, DiskProblem):
+                        refused += 1
                     with contextlib.suppress(FileChanged, DiskProblem):
                         mirror.stage_copy("f", file("outside").entry)
                         pytest.fail("a copy of what lies outside was taken")
@@ -198,4 +216,6 @@ def test_a_target_that_keeps_turning_into_a_fifo_or_symlink_is_never_opened(tmp_
                     path.unlink()
                 elif path.name == "other":
                     path.rename(tmp_path / "m/f")
+            assert seen, "the file was never there: the test would prove nothing"
+            assert refused, "what it turns into was never met: the test would prove nothing"
     assert (outside.stat().st_mode, outside.stat().st_mtime_ns) == before

@@ -52,7 +52,10 @@ def as_recorded(root: Path) -> dict[str, list[Any]]:
 async def test_what_the_first_versions_wrote_is_read_and_gone_on_with(
     layout: str, tmp_path: Path, nats_server: NatsServer
 ) -> None:
-    """Everything arrives with its times and modes; a publisher of today sends of it nothing again, and adds to it."""
+    """The messages that the first versions of both layouts stored are replayed, one by one, into a bucket.
+
+    Everything arrives with its times and modes; a publisher of today sends nothing of it again, and adds to it.
+    """
     old = await replay(nats_server.url, layout)
     mirror = tmp_path / "mirror"
     async with connected(nats_server.url) as connection:

@@ -18,11 +18,14 @@ from syncd.errors import (
     SyncdError,
     Unavailable,
 )
+from syncd.rules import Rules
+from syncd.status import FolderStatus, StatusKeeper
 from syncd.store import hints as hints_module
 from syncd.store import lanes as lanes_module
 from syncd.store import transport as transport_module
 from syncd.store.base import CHUNK_SIZE, EMPTY, BucketSpec, ObjectInfo, ObjectMeta
 from syncd.store.bucket import NatsStore
+from syncd.subscriber import SubscribeOptions, Subscriber
 from tests.support.server import NatsServer
 from tests.support.store import (
     TWO_ACCOUNTS,
@@ -43,6 +46,9 @@ from tests.support.store import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    from nats.aio.msg import Msg
 
     from syncd.store.base import Hints
     from syncd.store.bucket import NatsBucket
@@ -215,7 +221,10 @@ async def test_a_stream_that_is_no_bucket_is_left_alone(kit: LiveKit) -> None:
 @pytest.mark.fault("O2")
 @pytest.mark.parametrize("how", ["purge", "rollup"])
 async def test_chunks_removed_in_mid_read_end_it(kit: LiveKit, bucket: NatsBucket, how: str) -> None:
-    """The reader is told that the object is gone, in bounded time, whichever way the chunks went."""
+    """When the first chunk of 24 MiB has been read, the object's chunks are purged, or removed as syncd does it.
+
+    The reader is told that the object is gone, in bounded time, whichever way the chunks went.
+    """
     await put(bucket, "f", content(MANY_CHUNKS))
     info = await bucket.get_info("f")
     assert info is not None
@@ -235,7 +244,10 @@ async def test_chunks_removed_in_mid_read_end_it(kit: LiveKit, bucket: NatsBucke
 
 @pytest.mark.fault("O3 O4")
 async def test_an_overwrite_storm_never_yields_a_wrong_byte(bucket: NatsBucket) -> None:
-    """Readers of a name that is overwritten all the time get one version or are told to look again."""
+    """For 4 s one name is overwritten without a pause, its old chunks removed, under 20 readers.
+
+    Each read is one whole version, or is told to look again.
+    """
     stop = time.monotonic() + 4
     versions = {number: content(3 * CHUNK_SIZE + number, number) for number in range(8)}
     await put(bucket, "n", versions[0])
@@ -274,7 +286,10 @@ async def test_an_overwrite_storm_never_yields_a_wrong_byte(bucket: NatsBucket) 
 
 @pytest.mark.fault("O5")
 async def test_an_object_that_says_it_is_small_is_not_read_beyond_that(kit: LiveKit, bucket: NatsBucket) -> None:
-    """Memory and disk are spent on what the metadata announces and no more."""
+    """20 chunks of 800 kB take the place of the one of an object whose metadata says 1,000 bytes.
+
+    It is corrupt, and not a byte of it is handed out.
+    """
     await put(bucket, "f", content(1000))
     info = await bucket.get_info("f")
     assert info is not None
@@ -292,7 +307,10 @@ async def test_an_object_that_says_it_is_small_is_not_read_beyond_that(kit: Live
 async def test_a_server_frozen_in_mid_upload_and_thawed_loses_nothing(
     nats_server: NatsServer, kit: LiveKit, bucket: NatsBucket
 ) -> None:
-    """The upload goes on where it was."""
+    """nats-server is stopped (SIGSTOP) for 2 s after a quarter of an upload of 24 MiB.
+
+    The upload goes on where it was, and each chunk is there once.
+    """
     loop = asyncio.get_running_loop()
 
     def freeze() -> None:
@@ -310,7 +328,10 @@ async def test_a_server_frozen_in_mid_upload_and_thawed_loses_nothing(
 async def test_a_server_frozen_in_mid_download_and_thawed_loses_nothing(
     nats_server: NatsServer, bucket: NatsBucket
 ) -> None:
-    """The download goes on where it was."""
+    """nats-server is stopped (SIGSTOP) for 2 s when the first chunk of 24 MiB has been read.
+
+    The download goes on where it was.
+    """
     loop = asyncio.get_running_loop()
     data = content(MANY_CHUNKS)
     await put(bucket, "f", data)
@@ -330,7 +351,10 @@ async def test_a_server_frozen_in_mid_download_and_thawed_loses_nothing(
 async def test_a_server_killed_in_mid_upload_and_restarted_stores_each_chunk_once(
     nats_server: NatsServer, kit: LiveKit, bucket: NatsBucket
 ) -> None:
-    """What was not acknowledged is sent again, in order, and the server drops the doubles."""
+    """nats-server is killed (SIGKILL) and restarted half-way through an upload of 24 MiB.
+
+    What was not acknowledged is sent again, in order, and the server drops the doubles.
+    """
     data = content(MANY_CHUNKS)
     source = HookedSource(data, MANY_CHUNKS // 2, lambda: nats_server.restart(kill=True))
     async with asyncio.timeout(DEADLINE):
@@ -345,7 +369,10 @@ async def test_a_server_killed_in_mid_upload_and_restarted_stores_each_chunk_onc
 async def test_a_server_killed_in_mid_download_and_restarted_is_read_on(
     nats_server: NatsServer, bucket: NatsBucket
 ) -> None:
-    """The page that was lost is asked for again."""
+    """nats-server is killed (SIGKILL) and restarted when the first chunk of 24 MiB has been read.
+
+    The page that was lost is asked for again.
+    """
     data = content(MANY_CHUNKS)
     await put(bucket, "f", data)
     info = await bucket.get_info("f")
@@ -360,7 +387,10 @@ async def test_a_server_killed_in_mid_download_and_restarted_is_read_on(
 async def test_a_server_killed_under_small_objects_stores_or_names_each(
     nats_server: NatsServer, bucket: NatsBucket
 ) -> None:
-    """After kills in the middle of batches, what is said to be stored is stored, under the sequence that is said."""
+    """nats-server is killed (SIGKILL) and restarted three times while batches of 200 small objects are put.
+
+    What is said to be stored is stored, under the sequence that is said; the rest has an error of ours.
+    """
     stop = asyncio.Event()
 
     async def kill() -> None:
@@ -391,7 +421,10 @@ async def test_a_server_killed_under_small_objects_stores_or_names_each(
 async def test_while_a_server_is_gone_a_write_waits_once(
     nats_server: NatsServer, bucket: NatsBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the time that a reconnect may take; what became of it is not asked of a server that is not there."""
+    """nats-server is killed (SIGKILL) and stays away while objects are put; 1 s is allowed for a reconnect.
+
+    Both writes are Unavailable within 8 s: what became of them is not asked of a server that is not there.
+    """
     monkeypatch.setattr(transport_module, "OFFLINE_SECONDS", 1.0)
     await bucket.put_many([small("before", b"1")])
     await nats_server.astop(kill=True)
@@ -408,7 +441,10 @@ async def test_while_a_server_is_gone_a_write_waits_once(
 async def test_a_server_that_stays_frozen_ends_every_call(
     nats_server: NatsServer, bucket: NatsBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Silence is bounded, for writes and for reads."""
+    """nats-server is stopped (SIGSTOP) for good; then come an upload, metadata, a listing, a look and small objects.
+
+    Silence is bounded: with limits of 2 s each call ends within 30 s, as a time-out or unavailable.
+    """
     monkeypatch.setattr(lanes_module, "SILENCE_SECONDS", 2.0)
     monkeypatch.setattr(transport_module, "PAGE_TRIES", 1)
     await put(bucket, "f", content(1000))
@@ -432,7 +468,10 @@ async def test_a_server_that_stays_frozen_ends_every_call(
 
 @pytest.mark.fault("N5")
 async def test_a_bucket_deleted_in_mid_upload_is_named_soon(kit: LiveKit, bucket: NatsBucket) -> None:
-    """Nobody answers on its subjects then: that is told apart from a leader election."""
+    """Another client deletes the bucket when the first chunk of an upload of 24 MiB has been read.
+
+    Nobody answers on its subjects then: BucketNotFound within 15 s, told apart from a leader election.
+    """
     loop = asyncio.get_running_loop()
 
     def delete() -> None:
@@ -444,9 +483,11 @@ async def test_a_bucket_deleted_in_mid_upload_is_named_soon(kit: LiveKit, bucket
     assert time.monotonic() - began < 15
 
 
-@pytest.mark.fault("N2")
 async def test_a_closed_connection_is_our_error_in_every_call(nats_server: NatsServer) -> None:
-    """No exception of the client library crosses the border."""
+    """Our connection is closed; then ten calls of store and bucket are made.
+
+    Each is Unavailable: no exception of the client library crosses the border.
+    """
     async with connected(nats_server.url) as conn:
         store = NatsStore(conn)
         await store.create_bucket("B", BucketSpec())
@@ -506,7 +547,10 @@ async def test_a_lost_acknowledgement_of_a_batch_is_resolved(
 async def test_a_chunk_sent_twice_is_stored_once(
     kit: LiveKit, bucket: NatsBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server drops the double by its message id."""
+    """The server's acknowledgements of five chunks of an upload are dropped in the client, which sends them again.
+
+    The server drops the doubles by their message ids, and the content is right.
+    """
     await put(bucket, "other", b"x")
     lost = lose_answers(monkeypatch, bucket, 5)
     data = content(20 * CHUNK_SIZE)
@@ -568,7 +612,10 @@ async def test_a_foreign_bucket_gets_hints_through_a_consumer(kit: LiveKit) -> N
 
 @pytest.mark.fault("N1 N2")
 async def test_a_foreign_bucket_gets_hints_again_after_a_restart(nats_server: NatsServer, kit: LiveKit) -> None:
-    """The consumer lives in the server's memory and dies with it: a new one is made, and we are woken for the gap."""
+    """nats-server is killed (SIGKILL) and restarted, and with it dies the consumer in its memory that brings hints.
+
+    A new one is made, and a write that comes then wakes.
+    """
     bucket = await foreign_bucket(kit)
     async with bucket.hints() as hints:
         await calm(hints, lambda: hints._mode == "consumer")
@@ -587,7 +634,10 @@ async def test_a_foreign_bucket_gets_hints_again_after_a_restart(nats_server: Na
 
 @pytest.mark.fault("N2")
 async def test_a_consumer_that_died_silently_is_replaced(kit: LiveKit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing heartbeats are noticed; nothing else would tell."""
+    """Another client deletes the consumer that brings our hints: nothing but missing heartbeats tells of it.
+
+    Another one is made, and a write that comes then wakes.
+    """
     monkeypatch.setattr(hints_module, "HEARTBEAT_SECONDS", 1)
     monkeypatch.setattr(hints_module, "LOST_SECONDS", 2.5)
     bucket = await foreign_bucket(kit)
@@ -607,7 +657,10 @@ async def test_a_consumer_that_died_silently_is_replaced(kit: LiveKit, monkeypat
 
 @pytest.mark.fault("N5")
 async def test_hints_follow_a_bucket_that_is_created_again(kit: LiveKit) -> None:
-    """The new bucket of the same name, of another make, is listened to as well."""
+    """Another client deletes the bucket that brings us hints, and makes one of the same name, of another make.
+
+    The new one is listened to as well: a write into it wakes.
+    """
     bucket = await foreign_bucket(kit)
     async with bucket.hints() as hints:
         await calm(hints, lambda: hints._mode == "consumer")
@@ -624,7 +677,15 @@ async def test_hints_follow_a_bucket_that_is_created_again(kit: LiveKit) -> None
 
 @pytest.mark.fault("N8")
 async def test_forged_and_doubled_hints_do_no_harm(kit: LiveKit, bucket: NatsBucket) -> None:
-    """Whatever is published on the notification subject only wakes."""
+    """Another client publishes junk as notifications, with impossible and future sequences, and a true one twice more.
+
+    Each only wakes: a listing is as before, and after a future one the true one is still told with its own sequence.
+    """
+    true: list[Msg] = []
+
+    async def record(message: Msg) -> None:
+        true.append(message)
+
     async with bucket.hints() as hints:
         await calm(hints)
         for headers in (
@@ -637,19 +698,61 @@ async def test_forged_and_doubled_hints_do_no_harm(kit: LiveKit, bucket: NatsBuc
         await kit.other.flush()
         await wait_for_hint(hints, 5)
         assert await listing(bucket) == []
-
-
-@pytest.mark.fault("N8")
-async def test_what_no_hint_tells_is_found_by_the_timer(kit: LiveKit) -> None:
-    """A bucket that neither republishes nor lets us make a consumer is found changed when the wait ends."""
-    bucket = await foreign_bucket(kit, max_consumers=1)
-    taken = {"name": "taken", "durable_name": "taken", "ack_policy": "explicit"}
-    await kit.api("CONSUMER.CREATE.OBJ_F.taken", {"stream_name": "OBJ_F", "config": taken})
-    async with bucket.hints() as hints:
-        await calm(hints)
-        await put(bucket, "n", b"x")
+        recording = await kit.other.subscribe("syncd.B.meta.>", cb=record)
+        await kit.other.flush()
+        seq, _ = await put(bucket, "n", b"x")
+        assert seq < 5
+        assert await hints.wait(DEADLINE) == seq
+        await until(lambda: true)
+        await recording.unsubscribe()
+        before = await bucket.state()
+        for _ in range(2):
+            await kit.other.publish(true[0].subject, true[0].data, headers=true[0].headers)
+            await kit.other.flush()
+            assert await hints.wait(DEADLINE) == seq
         assert await hints.wait(0.3) == 0
         assert await names(bucket) == ["n"]
+        assert (await bucket.state()).last_seq == before.last_seq
+
+
+@pytest.mark.fault("N2")
+async def test_what_no_hint_tells_is_found_by_the_timer(kit: LiveKit, tmp_path: Path) -> None:
+    """A mirror's consumer, the only one that its bucket allows, is deleted, and another client takes the place.
+
+    Nobody tells of what is written then; the mirror has it before the silence is noticed, by its timer.
+    """
+    bucket = await foreign_bucket(kit, max_consumers=1)
+    status = StatusKeeper(FolderStatus("subscribe", "F", "/"), clock=time.time, report=lambda _: None)
+    options = SubscribeOptions("F", tmp_path / "mirror", Rules(), rescan_seconds=1.0)
+    mirror = asyncio.create_task(Subscriber(options, kit.store, tmp_path / "index", status=status).run())
+    ours: list[str] = []
+
+    async def listens() -> bool:
+        ours[:] = (await kit.api("CONSUMER.NAMES.OBJ_F"))["consumers"] or []
+        return bool(ours)
+
+    async def rests() -> bool:
+        """All that its start gave it to do is done: the next round is the timer's."""
+        before = status.now.last_sync
+        await asyncio.sleep(0.5)
+        return bool(before) and status.now.last_sync == before
+
+    try:
+        await until(listens)
+        await put(bucket, "first", b"x")
+        await until((tmp_path / "mirror/first").exists)
+        await until(rests)
+        await kit.api(f"CONSUMER.DELETE.OBJ_F.{ours[0]}")
+        taken = {"name": "taken", "durable_name": "taken", "ack_policy": "explicit"}
+        await kit.api("CONSUMER.CREATE.OBJ_F.taken", {"stream_name": "OBJ_F", "config": taken})
+        await put(bucket, "n", b"x")
+        async with asyncio.timeout(hints_module.LOST_SECONDS - 2):
+            while not (tmp_path / "mirror/n").exists():
+                await asyncio.sleep(0.05)
+        assert (await kit.api("CONSUMER.NAMES.OBJ_F"))["consumers"] == ["taken"]
+    finally:
+        mirror.cancel()
+        await asyncio.gather(mirror, return_exceptions=True)
 
 
 # -- permissions ------------------------------------------------------------------------------------------------------
@@ -669,7 +772,10 @@ async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Nat
 
 @pytest.mark.fault("K12 K13")
 async def test_a_host_without_jetstream_reads_through_imports(guarded: NatsServer) -> None:
-    """State, catch-up, content and hints arrive in an account that has no JetStream; writing is refused by name."""
+    """A host in an account without JetStream, with imports alone, reads a bucket, and tries to upload and announce.
+
+    State, listing, content and hints arrive; both writes are refused by name, and the bucket is as it was.
+    """
     async with (
         connected(guarded.url, **as_user("publisher")) as publisher,
         connected(guarded.url, **as_user("host")) as host,
@@ -712,9 +818,12 @@ async def test_a_publisher_needs_no_right_to_delete(guarded: NatsServer) -> None
         await until(freed)
 
 
-@pytest.mark.fault("N6")
+@pytest.mark.fault("K12")
 async def test_a_missing_right_is_named_at_once_in_every_write(guarded: NatsServer) -> None:
-    """A violation is no silence: nobody waits for a deadline."""
+    """A user who may only read uploads, deletes, puts small objects, creates a bucket and seals one.
+
+    Each is NotPermitted, all within 8 s: a violation is no silence, nobody waits for a deadline.
+    """
     async with connected(guarded.url, **as_user("reader")) as conn:
         bucket = NatsStore(conn).bucket("B")
         began = time.monotonic()

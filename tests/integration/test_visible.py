@@ -138,7 +138,10 @@ def ours() -> tuple[int, int]:
 @pytest.mark.fault("M2")
 @pytest.mark.parametrize("drift", ["repair", "report"])
 async def test_a_visible_file_has_its_old_mode_or_its_new_one(host: Host, drift: str) -> None:
-    """From the moment at which its name appears, through every change, until it goes: nothing in between."""
+    """After every system call of pulls to and fro between two trees, all modes and owners on disk are looked at.
+
+    From the moment at which its name appears until it goes a file has its old mode or its new one.
+    """
     host.options["drift"] = drift
     for tree in (FIRST, SECOND, FIRST):
         await host.publisher.commit(tree)
@@ -147,7 +150,10 @@ async def test_a_visible_file_has_its_old_mode_or_its_new_one(host: Host, drift:
 
 @pytest.mark.fault("M2")
 async def test_a_visible_file_of_a_release_has_its_own_mode(host: Host) -> None:
-    """Also where it shares its content with the release before: no file that is shown there changes."""
+    """After every system call of two pulls of a release, all modes and owners on disk are looked at.
+
+    No file that is shown changes, also where it shares its content with the release before.
+    """
     host.options["rollout"] = RolloutOptions(mode="release", modes=ModePolicy(read_only=True), keep_releases=3)
     for tree in (FIRST, SECOND):
         await host.publisher.commit(tree)
@@ -169,7 +175,10 @@ async def test_a_visible_file_of_a_release_has_its_own_mode(host: Host) -> None:
 @pytest.mark.fault("M2")
 @pytest.mark.parametrize("drift", ["repair", "report"])
 async def test_a_visible_file_belongs_to_its_owner_from_the_beginning(host: Host, drift: str) -> None:
-    """Placed, replaced, put right in place: never root's for a moment, and never root's with a set-id bit."""
+    """After every system call of pulls as root, for an owner 4321, all modes and owners on disk are looked at.
+
+    Placed, replaced, put right in place: never root's for a moment, and never root's with a set-id bit.
+    """
     host.options |= {"owner": OWNER, "drift": drift}
     for tree in (FIRST, SECOND, FIRST):
         await host.publisher.commit(tree)
@@ -179,7 +188,10 @@ async def test_a_visible_file_belongs_to_its_owner_from_the_beginning(host: Host
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 @pytest.mark.fault("M2")
 async def test_a_set_id_file_never_runs_as_another_while_it_is_given_away(host: Host) -> None:
-    """A new owner for what is there: bits that stay are there all the time, and always his in whose name it runs."""
+    """A mirror with set-id files gets another owner than root; it is looked at after every system call of the pull.
+
+    Bits that stay are there all the time, and always his in whose name it runs.
+    """
     await host.publisher.commit(FIRST)
     await host.pull()
     host.options["owner"] = OWNER

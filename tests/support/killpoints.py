@@ -11,7 +11,7 @@ from typing import Literal
 
 Layout = Literal["generations", "objects"]
 Mode = Literal["mirror", "release"]
-Role = Literal["subscriber", "publisher", "collector", "converter", "cleaner", "mover"]
+Role = Literal["subscriber", "publisher", "collector", "converter", "cleaner", "mover", "returner", "truster"]
 
 BOTH: tuple[Layout, ...] = ("generations", "objects")
 GENERATIONS: tuple[Layout, ...] = ("generations",)
@@ -26,7 +26,9 @@ class KillPoint:
     """One crash point.
 
     :ivar role: whose process passes it; a collector is a publisher that frees what nothing needs, a converter one that
-        gives its bucket another layout, a cleaner a subscriber that removes strangers, a mover a person's command.
+        gives its bucket another layout, a cleaner a subscriber that removes strangers, a mover a person's command, a
+        returner a subscriber whose hooks refuse what it applied (tests/unit/test_kills_return.py), a truster one that
+        checks signatures (tests/unit/test_kills_trust.py).
     :ivar layouts: of the bucket; of what a converter makes of it.
     :ivar modes: of the mirror, for a subscriber: those in which it is passed.
     :ivar hooked: it is passed with hooks only.
@@ -77,6 +79,10 @@ POINTS: tuple[KillPoint, ...] = (
     KillPoint("hooks_begun", "subscriber", GENERATIONS, hooked=True),
     KillPoint("hook_ended", "subscriber", GENERATIONS, hooked=True),
     KillPoint("hooks_done", "subscriber", GENERATIONS, hooked=True),
+    KillPoint("refused", "returner", GENERATIONS),
+    # what is trusted, and was seen
+    KillPoint("trust_drafted", "truster", GENERATIONS),
+    KillPoint("trust_noted", "truster", GENERATIONS),
     # publishing
     KillPoint("blobs_stored", "publisher", GENERATIONS),
     KillPoint("before_commit", "publisher", GENERATIONS),

@@ -11,7 +11,7 @@ there. What it may do is what POSIX allows and journaling filesystems make of it
  * a change of a name needs the changes of that same name before it, and whatever it names has to exist; a directory
    that is removed was empty.
 
-What the recorder misses (an ``open()`` of Python's own, a system call through ctypes) does not go unnoticed:
+What the recorder misses (the built-in ``open()``, a system call through ctypes, SQLite) does not go unnoticed:
 :meth:`Recording.check` compares what was recorded with what is really there.
 """
 
@@ -454,6 +454,12 @@ class _Raw(io.RawIOBase):
         super().close()
 
 
+def _writer(fd: int, mode: str, encoding: str | None = None, newline: str | None = None) -> Any:
+    """A file object for a descriptor, which writes through ``os.write``."""
+    buffered = io.BufferedWriter(_Raw(fd))
+    return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding or "utf-8", newline=newline)
+
+
 class _Libc:
     """A C library whose syncfs is noted."""
 
@@ -488,12 +494,14 @@ class Recorder:
         self._numbers = {inode.ino: number for number, inode in base.inodes.items()}
         self._real = SimpleNamespace(**{name: getattr(os, name) for name in [*_REPLACED, "stat", "fstat"]})
         self._ioctl = fcntl.ioctl
+        self._io_open = io.open
         self._libcs: list[tuple[Any, str, ctypes.CDLL]] = []
 
     def __enter__(self) -> Self:
         for name in _REPLACED:
             setattr(os, name, getattr(self, f"_{name}"))
         fcntl.ioctl = self._clone  # type: ignore[assignment]
+        io.open = self._path_open  # type: ignore[assignment]
         for module in [module for name, module in sys.modules.items() if name.startswith("syncd.")]:
             for name, value in list(vars(module).items()):
                 if isinstance(value, ctypes.CDLL):
@@ -505,6 +513,7 @@ class Recorder:
         for name in _REPLACED:
             setattr(os, name, getattr(self._real, name))
         fcntl.ioctl = self._ioctl
+        io.open = self._io_open
         for module, name, value in self._libcs:
             setattr(module, name, value)
         self._libcs.clear()
@@ -572,9 +581,26 @@ class Recorder:
         return fd
 
     def _fdopen(self, fd: int, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
-        if mode == "wb" and self._meant(fd) >= 0:
-            return io.BufferedWriter(_Raw(fd))
+        if mode in {"w", "wb"} and self._meant(fd) >= 0:
+            return _writer(fd, mode, keywords.get("encoding"))
         return self._real.fdopen(fd, mode, *arguments, **keywords)
+
+    def _path_open(
+        self,
+        path: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """``io.open``, which is what ``Path.open()`` and ``Path.write_text()`` call."""
+        if isinstance(path, int) or not set(mode) & set("wax+") or self._entry(path, None) is None:
+            return self._io_open(path, mode, buffering, encoding, errors, newline, **keywords)
+        assert set(mode) <= set("wxbt"), f"the recorder does not know the mode {mode!r}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if "x" in mode else os.O_TRUNC)
+        return _writer(self._open(path, flags, 0o666), mode, encoding, newline)
 
     def _mkdir(self, path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         self._real.mkdir(path, mode, dir_fd=dir_fd)

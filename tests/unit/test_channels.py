@@ -141,14 +141,20 @@ async def test_the_head_is_not_promoted(bucket: MemoryBucket, channels: Channels
     assert await link_of(bucket, HEAD) == before
 
 
-@pytest.mark.fault("R8")
+@pytest.mark.fault("R7")
 async def test_a_generation_that_is_not_there_is_refused(bucket: MemoryBucket, channels: Channels) -> None:
-    """Never committed, or collected; nothing is written."""
+    """Generation 1 is deleted as by a collection, 4 never was there; a channel is promoted to each, and back to 1.
+
+    All that is refused, and nothing in the bucket changes.
+    """
+    await channels.promote(2, "stable", who=ANN)
     await bucket.delete(generation_name(1), expected_seq=None, metadata={})
     before = await metas(bucket)
     for number in (1, 4):
         with pytest.raises(UsageError, match=f"no generation {number}"):
             await channels.promote(number, "stable", who=ANN)
+    with pytest.raises(UsageError, match="no generation 1"):
+        await channels.rollback("stable", to=1, who=ANN)
     assert await metas(bucket) == before
 
 
@@ -164,7 +170,10 @@ async def test_a_move_that_cannot_be_recorded_is_refused(bucket: MemoryBucket, c
 
 @pytest.mark.fault("K7")
 async def test_a_record_of_another_folder_is_not_promoted(bucket: MemoryBucket, channels: Channels) -> None:
-    """Nor one of another number: whoever put it there."""
+    """A copy of record 1 is put under generation 8, and under 9 one that names another folder.
+
+    Neither can be promoted or signed: both end with ObjectCorrupt.
+    """
     record = await read_record(bucket, 1)
     assert record is not None
     for name, data in (
@@ -185,7 +194,10 @@ async def test_a_record_of_another_folder_is_not_promoted(bucket: MemoryBucket, 
 async def test_of_two_operators_the_second_is_told_who_was_first(
     bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who moved it, where to and why; nothing of the second one's is there."""
+    """An operator promotes a channel; between his reading and his write another one moves it to generation 3.
+
+    He gets WriteConflict, which says who moved it, where to, when and why; the other's move stays.
+    """
     await channels.promote(1, "stable", who=ANN)
 
     async def other() -> None:
@@ -202,7 +214,10 @@ async def test_of_two_operators_the_second_is_told_who_was_first(
 
 @pytest.mark.fault("R9")
 async def test_operators_at_once_have_one_winner(bucket: MemoryBucket, channels: Channels) -> None:
-    """Also where the channel is new."""
+    """Three operators promote one channel at the same moment: first while it is new, then once it exists.
+
+    Each time two get WriteConflict, and one move is counted.
+    """
     for before in (0, 1):
         results = await asyncio.gather(
             *(Channels(bucket, lambda: NOW).promote(number, "stable", who=ANN) for number in (1, 2, 3)),
@@ -216,7 +231,10 @@ async def test_operators_at_once_have_one_winner(bucket: MemoryBucket, channels:
 async def test_a_channel_removed_under_an_operator_is_told(
     bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And one that another tool moved, which records nothing."""
+    """Between an operator's reading and his write the channel is removed; then its bare link is moved elsewhere.
+
+    Both promotions end with WriteConflict, which says what happened meanwhile.
+    """
     await channels.promote(1, "stable", who=ANN)
     meanwhile(monkeypatch, lambda: channels.remove("stable"))
     with pytest.raises(WriteConflict, match="somebody else removed channel 'stable' meanwhile"):
@@ -231,7 +249,10 @@ async def test_a_channel_removed_under_an_operator_is_told(
 async def test_a_commit_wins_over_a_rollback_of_the_head(
     bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The operator looks again: what was bad may be mended by now."""
+    """Generation 4 is committed between an operator's look at the head and his rollback of it.
+
+    The rollback ends with WriteConflict, and the head stays at generation 4.
+    """
     meanwhile(monkeypatch, lambda: commit(bucket, 4, {"good": b"x"}))
     with pytest.raises(WriteConflict, match="generation 4 meanwhile"):
         await channels.rollback(HEAD, who=ANN)
@@ -271,7 +292,10 @@ async def layered(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> Memory
 async def test_a_generation_without_one_of_its_blobs_is_refused(
     store: MemoryStore, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
-    """Whichever it is: content, chunk, recipe, recipe of recipes, node. The channel stays where it was."""
+    """One blob of generation 1 is removed in each case: content, chunk, recipe, recipe of recipes or node.
+
+    Promoting and rolling back to it end with ObjectGone, and no channel moves.
+    """
     bucket = await layered(store, monkeypatch)
     channels = Channels(bucket, lambda: NOW)
     await channels.promote(2, "stable", who=ANN)
@@ -291,12 +315,19 @@ async def test_a_generation_without_one_of_its_blobs_is_refused(
 
 @pytest.mark.fault("R7")
 async def test_a_damaged_node_is_refused(store: MemoryStore, bucket: MemoryBucket, channels: Channels) -> None:
-    """It could not be gone to either."""
+    """The root node of generation 1 is overwritten with garbage in the bucket.
+
+    Promoting a new channel or one that exists to it ends with ObjectCorrupt, and no channel is made or moved.
+    """
     record = await read_record(bucket, 1)
     assert record is not None
+    await channels.promote(2, "stable", who=ANN)
     store.set_blob_payload("app", record.generation.root.location.blob, b"\0garbage")
-    with pytest.raises(ObjectCorrupt, match="generation 1 cannot be read"):
-        await channels.promote(1, "stable", who=ANN)
+    before = await metas(bucket)
+    for name in ("stable", "canary"):
+        with pytest.raises(ObjectCorrupt, match="generation 1 cannot be read"):
+            await channels.promote(1, name, who=ANN)
+    assert await metas(bucket) == before
 
 
 async def test_contents_are_looked_for_and_not_fetched(
@@ -362,7 +393,10 @@ async def test_the_walk_leaves_no_thread_and_no_database(bucket: MemoryBucket) -
 async def test_a_generation_collected_during_the_move_is_told(
     bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The channel may point at nothing then: whoever moved it has to know."""
+    """Generation 1 is deleted right before the channel's link to it is written.
+
+    The promotion ends with ObjectGone: the channel may point at nothing, and whoever moved it has to know.
+    """
     real = MemoryBucket.put_link
 
     async def collected(self: MemoryBucket, *arguments: Any, **options: Any) -> int:
@@ -376,7 +410,10 @@ async def test_a_generation_collected_during_the_move_is_told(
 
 @pytest.mark.fault("R7 X4")
 async def test_a_channel_holds_its_generation_against_collection(tmp_path: Path) -> None:
-    """What retention frees cannot be promoted any more; what a channel points at stays whole."""
+    """Three generations are pushed with keep_generations=1, `stable` is put on the first, and ten days later gc runs.
+
+    Generation 2 is collected and can be promoted no more; 1 is whole and can be promoted and gone back to.
+    """
     store = MemoryStore()
     source = tmp_path / "source"
     source.mkdir()
@@ -479,7 +516,10 @@ async def test_a_channel_that_points_nowhere_is_put_right_by_a_number(bucket: Me
 async def test_a_count_that_cannot_be_believed_is_asked_for(
     bucket: MemoryBucket, channels: Channels, text: str, said: str
 ) -> None:
-    """A forged count shall not leave a channel without a next one: a person says how far it really got."""
+    """The channel's link is written with a move that is not readable, is another's, or has the highest counts.
+
+    A promotion is refused and changes nothing until a person names a count; moves are counted on from there.
+    """
     await bucket.put_link(CHANNELS + "stable", Link("app", generation_name(1)), metadata={MOVE: text})
     before = await link_of(bucket, "stable")
     with pytest.raises(ObjectCorrupt, match=said) as told:
@@ -502,11 +542,16 @@ async def test_a_count_goes_on_from_whatever_is_plausible(bucket: MemoryBucket) 
 
 @pytest.mark.fault("U3")
 async def test_a_move_of_a_newer_version_is_not_written_over(bucket: MemoryBucket, channels: Channels) -> None:
-    """It means what this version does not know."""
+    """The channel's link is written with a move of format 2, and the channel is promoted.
+
+    The promotion ends with FormatTooNew, as it means what this version does not know, and the link stays as it is.
+    """
     text = move_text().replace('"format":1', '"format":2')
     await bucket.put_link(CHANNELS + "stable", Link("app", generation_name(1)), metadata={MOVE: text})
+    before = await metas(bucket)
     with pytest.raises(FormatTooNew):
         await channels.promote(2, "stable", who=ANN)
+    assert await metas(bucket) == before
 
 
 async def test_a_channel_that_is_not_readable_is_written_over_on_a_persons_word(
@@ -531,7 +576,10 @@ async def test_a_channel_that_is_not_readable_is_written_over_on_a_persons_word(
 async def test_a_channel_that_was_removed_goes_on_counting(
     bucket: MemoryBucket, channels: Channels, signers: list[Signer]
 ) -> None:
-    """Whoever followed it before follows it again, and takes no old move for a new one."""
+    """A signed channel is promoted, followed, removed and promoted anew; then its first move is offered again.
+
+    The new move is counted 2 and followed, the old one is refused as replay.
+    """
     trust = trust_of(signers[0])
     for number in (1, 2):
         await sign_generation(bucket, number, signers[0])
@@ -555,7 +603,10 @@ async def test_the_head_is_not_removed(channels: Channels) -> None:
 
 @pytest.mark.fault("R9")
 async def test_a_removal_is_fenced(bucket: MemoryBucket, channels: Channels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A channel that was moved a moment ago is looked at again first."""
+    """Another operator promotes the channel right before the delete of its removal reaches the bucket.
+
+    The removal ends with WriteConflict, which names the other one, and the channel is where that one moved it.
+    """
     await channels.promote(1, "stable", who=ANN)
     real = MemoryBucket.delete
 
@@ -566,6 +617,9 @@ async def test_a_removal_is_fenced(bucket: MemoryBucket, channels: Channels, mon
     monkeypatch.setattr(MemoryBucket, "delete", late)
     with pytest.raises(WriteConflict, match=f"{BOB} moved channel 'stable' to generation 2"):
         await channels.remove("stable")
+    info, move = await link_of(bucket, "stable"), await move_of(bucket, "stable")
+    assert (info.deleted, info.link) == (False, Link("app", generation_name(2)))
+    assert (move.number, move.who, move.count) == (2, BOB, 2)
 
 
 async def test_channels_are_shown_as_they_are(bucket: MemoryBucket, channels: Channels, signers: list[Signer]) -> None:
@@ -643,7 +697,10 @@ async def test_a_signature_changes_nothing_else(
 
 @pytest.mark.fault("K8")
 def test_only_good_signatures_are_kept_beside_a_new_one(signers: list[Signer]) -> None:
-    """Others' stay; damaged ones, those over something else, and what is no list, give way."""
+    """A signature is added to a list that holds a good one, one over something else, or to text that is no list.
+
+    Only the good one stays beside the new one.
+    """
     data = b"record"
     good = signature_text(Statement.MOVE, data, signers[0])
     both = signature_text(Statement.MOVE, data, signers[1], before=good)
@@ -658,7 +715,10 @@ def test_only_good_signatures_are_kept_beside_a_new_one(signers: list[Signer]) -
 
 @pytest.mark.fault("K8")
 def test_there_are_so_many_signatures_and_no_more(signers: list[Signer]) -> None:
-    """Junk takes no place of them."""
+    """A signature is added to a list of as many as there may be, then to one of as many zeroed ones.
+
+    The first is refused with UsageError; in the second the new one takes the place of all the junk.
+    """
     data = b"record"
     full = signature_text(Statement.MOVE, data, *signers[:MAX_SIGNATURES])
     with pytest.raises(UsageError, match="which is the most"):
@@ -681,7 +741,10 @@ def test_there_are_so_many_signatures_and_no_more(signers: list[Signer]) -> None
 async def test_a_move_that_is_not_what_the_channel_does_is_not_signed(
     bucket: MemoryBucket, channels: Channels, signers: list[Signer], changes: dict[str, Any], said: str
 ) -> None:
-    """A signature over it could be shown elsewhere."""
+    """The channel's link bears the move of another channel, folder, generation or record, one in each case.
+
+    Signing it is refused, and the link stays as it was.
+    """
     record = await read_record(bucket, 1)
     assert record is not None
     text = move_text(**({"record": digest_of(record.data)} | changes))
@@ -694,7 +757,10 @@ async def test_a_move_that_is_not_what_the_channel_does_is_not_signed(
 
 @pytest.mark.fault("K1")
 async def test_a_record_is_judged_before_it_is_signed(bucket: MemoryBucket, signers: list[Signer]) -> None:
-    """It is what somebody looked at, by half of its digest at least; and somebody who is trusted has signed it."""
+    """A record is to be signed under wrong or short digests, unsigned, with signers nobody trusts, and after a change.
+
+    Each is refused; half of its digest is enough to name it.
+    """
     one, two = signers[:2]
     record = await generation_to_sign(bucket, 1)
     for expected in (record.digest, record.digest[:EXPECT_DIGITS]):
@@ -736,7 +802,10 @@ async def test_what_has_no_move_cannot_be_signed(
 async def test_signatures_added_at_once_are_not_lost(
     bucket: MemoryBucket, channels: Channels, signers: list[Signer]
 ) -> None:
-    """The second is told, tries again, and both are there."""
+    """Two holders sign one generation, then one move, at the same moment.
+
+    The second gets WriteConflict and signs again; both signatures are there and count.
+    """
     await channels.promote(1, "stable", who=ANN)
     ways: list[Callable[[Signer], Awaitable[bool]]] = [
         lambda one: sign_generation(bucket, 1, one),

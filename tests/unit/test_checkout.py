@@ -20,7 +20,9 @@ from syncd.errors import DiskProblem, FormatTooNew, ObjectCorrupt, ObjectGone, S
 from syncd.gather import Gatherer
 from syncd.mirror import Mirror
 from syncd.model import Kind
+from syncd.modes import ModePolicy
 from syncd.nodes import BLOB_MAX, Child, Location, Where, digest_of
+from syncd.rollout import RolloutOptions
 from syncd.rules import Rules
 from syncd.status import FolderState, FolderStatus, StatusKeeper
 from syncd.store.base import BucketSpec, ObjectMeta, SmallPut
@@ -618,6 +620,81 @@ async def test_a_read_older_than_what_was_seen_is_ignored(world: World) -> None:
     assert found(world.mirror) == expected(newer())
 
 
+@pytest.mark.fault("K2 N6")
+async def test_a_generation_asked_for_by_number_makes_nobody_forget_how_far_the_channel_was(world: World) -> None:
+    """Generation 1 is pulled by its number, then the link of before is shown again: that one is old, and ignored."""
+    await world.commit(tree())
+    await world.commit({"between": file("b")} | tree())
+    stream = world.store.stream("app")
+    subject = next(subject for subject, message in stream.metas.items() if message.seq == world.publisher.seq)
+    before = stream.metas[subject]
+    await world.commit(newer())
+    await world.pull()
+    assert (await world.pull(generation=1)).generation == 1
+    now, stream.metas[subject] = stream.metas[subject], before
+    assert (await world.pull()).generation == 1
+    assert found(world.mirror) == expected(tree())
+    stream.metas[subject] = now
+    assert (await world.pull()).generation == 3
+
+
+@pytest.mark.fault("K4 R8")
+async def test_a_pinned_host_says_nothing_of_a_channel_that_it_does_not_follow(world: World) -> None:
+    """The channel has long been shown as it was before: an alarm for who follows it, and nothing for who is pinned."""
+    await world.commit(tree())
+    stream = world.store.stream("app")
+    subject = next(subject for subject, message in stream.metas.items() if message.seq == world.publisher.seq)
+    before = stream.metas[subject]
+    await world.commit(newer())
+    await world.pull()
+    stream.metas[subject] = before
+    await world.pull()
+    with closing(sqlite3.connect(world.tmp / "mirror.db")) as db, db:
+        assert db.execute("UPDATE note SET value = '1.0' WHERE key = 'behind'").rowcount == 1
+    assert [problem.code for problem in (await world.pull()).problems] == ["channel_behind"]
+    assert (await world.pull(generation=2)).problems == []
+
+
+@pytest.mark.fault("N5")
+async def test_a_generation_asked_for_in_a_bucket_made_again_does_not_carry_the_old_sequence_over(world: World) -> None:
+    """Sequences begin anew; that of the bucket before would make the channel look old until it has grown past it."""
+    for number in range(6):
+        await world.commit(tree() | {"n": file(str(number))})
+    await world.pull()
+    seen = world.publisher.seq
+    world.store.delete_bucket("app")
+    world.publisher = Publisher(world.store)
+    await world.commit(tree())
+    await world.commit(newer())
+    assert (await world.pull(generation=1)).generation == 1
+    stream = world.store.stream("app")
+    while stream.last_seq <= seen:  # others write, and the channel stays where it is
+        world.damage(digest_of(b"of no interest"), b"x")
+    assert (await world.pull()).generation == 2
+    assert found(world.mirror) == expected(newer())
+
+
+@pytest.mark.fault("R6 R8")
+async def test_what_is_pinned_is_not_overtaken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer generations come while one is gathered that was asked for by its number: it is gone on with at once."""
+    await world.commit(tree())
+    await world.commit(newer())
+    subscriber = world.subscriber()
+    subscriber._hinted = 1_000_000
+    real = Checkout.overtaken
+    said: list[bool] = []
+
+    async def overtaken(self: Checkout, hinted: int) -> bool:
+        said.append(await real(self, 1_000_000 + len(said)))
+        return said[-1]
+
+    monkeypatch.setattr(Checkout, "overtaken", overtaken)
+    assert (await subscriber.pull(generation=1)).generation == 1
+    assert (len(said) > 1, any(said)) == (True, False)
+    asked = [call for call in world.store.faults.calls if call == "get_info"]
+    assert len(asked) <= 2  # the layout, and the generation's record
+
+
 async def test_a_bucket_that_was_made_again_is_followed(world: World) -> None:
     """Its numbers begin anew; content that is here is not fetched."""
     await world.commit(tree())
@@ -740,6 +817,48 @@ async def test_rules_take_a_part_and_may_change(world: World) -> None:
     await world.pull()
     assert found(world.mirror) == expected(tree())
     assert world.status.now.exact
+
+
+async def test_a_part_stays_a_part_where_only_the_rest_was_read(world: World) -> None:
+    """What the rules leave out lies in a directory that did not change, and so was not read: still not exact."""
+    wanted = tree()
+    await world.commit(wanted)
+    world.options["rules"] = Rules(exclude=["d/e/"])
+    await world.pull()
+    assert not world.status.now.exact
+    for number in range(2):
+        wanted["b"] = folder({"f1": file(f"edited {number}")})
+        await world.commit(wanted)
+        await world.pull()
+        assert (world.status.now.generation, world.status.now.exact) == (2 + number, False)
+    world.options["rules"] = Rules(exclude=["no-such-thing/"])
+    await world.pull()
+    assert (world.status.now.generation, world.status.now.exact) == (3, True)
+    assert found(world.mirror) == expected(wanted)
+
+
+@pytest.mark.parametrize(("left_out", "exact"), [("a", False), ("fresh", True), ("nothing", True)])
+async def test_a_kept_release_of_a_part_is_no_more_than_that(world: World, left_out: str, exact: bool) -> None:
+    """Gone back to by its number, without reading a node: it has what its rules left of it, not the later one's."""
+    world.options |= {"rules": Rules(exclude=[left_out]), "rollout": RolloutOptions(mode="release")}
+    await world.commit(tree())
+    await world.pull()
+    assert world.status.now.exact == exact
+    await world.commit(newer())
+    await world.pull()
+    assert world.status.now.exact == (left_out == "nothing")
+    result = await world.pull(generation=1)
+    assert (result.generation, world.asked, world.status.now.exact) == (1, [], exact)
+
+
+async def test_mapped_modes_make_a_mirror_inexact(world: World) -> None:
+    """Its trees have other modes than the generation; a mapping that changes nothing is none."""
+    await world.commit({"a": file("hello", mode=0o644)})
+    for files, exact in ((0o600, False), (0o644, True)):
+        world.options["rollout"] = RolloutOptions(modes=ModePolicy(files=files))
+        await world.pull()
+        assert (world.mirror / "a").stat().st_mode & 0o7777 == files
+        assert world.status.now.exact == exact
 
 
 @pytest.mark.fault("D1")

@@ -207,7 +207,10 @@ def test_what_cannot_be_done_ends_in_one_line(shell: Shell, arguments: tuple[str
 
 @pytest.mark.fault("K3")
 def test_a_count_that_hosts_would_take_for_an_old_one_is_refused(shell: Shell) -> None:
-    """Unless what the bucket says of the one before is of no use."""
+    """`syncd promote --count` names 1 or 2 after two moves; later the channel's move is overwritten with `{`.
+
+    Old counts are a usage error and 9 is taken; after the damage `rollback --count 4` is taken, too.
+    """
     for generation in ("1", "2"):
         shell.fine("promote", "app", generation, "--channel", "stable")
     for count in ("1", "2"):
@@ -239,7 +242,10 @@ def test_an_unsigned_move_after_a_signed_one_is_told(shell: Shell) -> None:
 
 @pytest.mark.fault("R7 R9")
 def test_a_refused_move_ends_in_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collected blobs, and another operator."""
+    """Another operator promotes in the middle of `syncd promote`; then a content blob of its generation is deleted.
+
+    Both times the command fails, and its message says who was first or that blobs were collected.
+    """
     meanwhile(monkeypatch, lambda: Channels(shell.store.bucket("app"), lambda: NOW).promote(1, "stable", who=BOB))
     code, out, err = shell.run("promote", "app", "2", "--channel", "stable")
     assert (code, out) == (EXIT_FAILED, "")
@@ -253,7 +259,10 @@ def test_a_refused_move_ends_in_one_line(shell: Shell, monkeypatch: pytest.Monke
 @pytest.mark.fault("K14")
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
 def test_keygen_writes_a_seed_that_nobody_else_reads(shell: Shell, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
-    """Mode 0600 whatever the umask; what is printed is the public key alone, and only once the seed is durable."""
+    """`syncd keygen` runs under umask 000, 022 and 777.
+
+    The seed file has mode 0600, file and directory are synced, and only the public key is printed.
+    """
     synced: list[int] = []
     fsync = os.fsync
 
@@ -276,9 +285,11 @@ def test_keygen_writes_a_seed_that_nobody_else_reads(shell: Shell, monkeypatch: 
     assert file == str(path)
 
 
-@pytest.mark.fault("K14")
 def test_keygen_never_writes_over(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file, a dangling symlink, a directory; a disk that fails leaves no half of a seed."""
+    """`syncd keygen` aims at a file, a dangling link, a directory, a missing one; then fsync says ENOSPC.
+
+    Each is refused, nothing is overwritten or made through the link, and no half of a seed is left.
+    """
     shell.seed("app.seed")
     content = (shell.directory / "app.seed").read_text()
     (shell.directory / "dangling").symlink_to(shell.directory / "elsewhere")
@@ -304,7 +315,10 @@ def test_keygen_never_writes_over(shell: Shell, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.fault("K14")
 def test_a_seed_that_others_can_read_is_told_and_what_is_none_never_shown(shell: Shell) -> None:
-    """The message names the file; not what it holds."""
+    """`syncd sign` uses a seed file of mode 0640, then one with a cut seed, a mistyped one or a public key in it.
+
+    The first signs with a warning; the others are refused by the file's name, never showing what it holds.
+    """
     file, public = shell.seed("app.seed")
     path = shell.directory / "app.seed"
     seed = path.read_text()
@@ -368,7 +382,10 @@ def test_the_configuration_says_who_signs_and_whom_hosts_trust(shell: Shell) -> 
 
 @pytest.mark.fault("K14")
 def test_a_folder_gets_signed_moves_and_new_keys_from_the_command_line(shell: Shell) -> None:
-    """From two seeds to a subscriber that follows; and no seed is ever shown."""
+    """`syncd keygen`, `promote`, `sign` and `keys` run with two seed files, until one key is dropped.
+
+    A host that trusts the keys follows, and neither seed shows in any output.
+    """
     one, first = shell.seed("one.seed")
     two, second = shell.seed("two.seed")
     code, out, err = shell.run("promote", "app", "2", "--channel", "stable", "--seed-file", one)
@@ -415,7 +432,10 @@ def test_a_folder_gets_signed_moves_and_new_keys_from_the_command_line(shell: Sh
 
 @pytest.mark.fault("K5")
 def test_what_must_not_be_signed_ends_in_one_line(shell: Shell) -> None:
-    """A move that leads elsewhere than its channel."""
+    """A channel that points at generation 1 is given a forged move to generation 2; `syncd sign` is to sign it.
+
+    It is refused in one line, and nothing is written.
+    """
     seed, _ = shell.seed("one.seed")
 
     async def forge() -> None:
@@ -451,7 +471,10 @@ def holders(shell: Shell) -> Holders:
 
 @pytest.mark.fault("K1")
 def test_what_has_another_digest_is_not_signed(shell: Shell, holders: Holders) -> None:
-    """Generation, move and key set; whole, by half of its digits, in capitals. Less than half names nothing."""
+    """`syncd sign --expect` names a digest with a digit changed, shifted, of another thing, too short or too long.
+
+    Generation, move and key set stay unsigned; half of the digits, or capitals, will do.
+    """
     change = ("keys", "app", "--trust", holders.anns, "--add", holders.bobs, "--seed-file", holders.ann)
     changed = shell.fine(*change)
     assert f"  digest {shell.key_set(1)}\n" in changed
@@ -476,7 +499,11 @@ def test_what_has_another_digest_is_not_signed(shell: Shell, holders: Holders) -
 
 @pytest.mark.fault("K1 R9")
 def test_a_channel_that_is_moved_between_the_look_and_the_signature(shell: Shell, holders: Holders) -> None:
-    """Two have to sign, and the key of one is stolen: what the thief moves the channel to is not what the other saw."""
+    """Bob looks at a channel; then Ann's stolen key moves it to generation 3, and later back to 2 by another move.
+
+    Both times `syncd sign` with the digest that Bob saw is refused and says that it is another one; only the present
+    move's is taken.
+    """
     trust = Trust(frozenset((holders.anns, holders.bobs)), 2)
     head = shell.fine("diff", "app", "1", "stable").splitlines()[1]
     seen = head.rpartition("digest ")[2]
@@ -489,14 +516,18 @@ def test_a_channel_that_is_moved_between_the_look_and_the_signature(shell: Shell
     with pytest.raises(Untrusted):
         judge_offer(trust, Seen(), asyncio.run(offer_of(shell.bucket(), "stable")))
     shell.fine("rollback", "app", "--channel", "stable", "--seed-file", holders.ann)
-    shell.refused("--channel", "stable", "--expect", seen, *bob)  # the same generation, by another move
+    # the same generation, by another move
+    assert "is not what --expect names" in shell.refused("--channel", "stable", "--expect", seen, *bob)
     shell.fine("sign", "app", "--channel", "stable", "--expect", shell.move("stable"), *bob)
     assert judge_offer(trust, Seen(), asyncio.run(offer_of(shell.bucket(), "stable"))).move.number == 2
 
 
 @pytest.mark.fault("K1 K9")
 def test_what_nobody_trusted_signed_is_not_made_good(shell: Shell, holders: Holders) -> None:
-    """Unsigned, or by a thief's key, or one half of it: also where it is named by its digest, but for --first."""
+    """`syncd sign` names what is unsigned, signed by a thief, or signed in its move alone, by its right digest.
+
+    Generation, move and key set are refused alike, but for --first.
+    """
     ann = (*holders.trust, "--seed-file", holders.ann)
     generation = ("--generation", "3", "--expect", shell.record(3))
     assert "generation 3 has no good signature by a key that is trusted now" in shell.refused(*generation, *ann)
@@ -519,7 +550,10 @@ def test_what_nobody_trusted_signed_is_not_made_good(shell: Shell, holders: Hold
 
 @pytest.mark.fault("K9")
 def test_keys_are_replaced_step_by_step_and_nothing_forged_gets_in(shell: Shell) -> None:
-    """The new key signs what the old one signed; a head that somebody put there meanwhile it does not."""
+    """While a key is replaced, an unsigned rollback moves the head; later the dropped key signs generation 3.
+
+    The new key signs neither; the honest head that it signed is followed by hosts that trust it alone.
+    """
     old, olds = shell.seed("old.seed")
     new, news = shell.seed("new.seed")
     shell.fine("sign", "app", "--generation", "2", "--expect", shell.record(2), "--first", "--seed-file", old)
@@ -588,7 +622,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Person | Non
 def test_a_person_is_shown_what_they_sign_and_asked(
     shell: Shell, holders: Holders, terminal: Callable[[Person | None], Callable[[], str]]
 ) -> None:
-    """Where it leads, who did it, why, what it holds, and who of those that are trusted has signed it."""
+    """`syncd sign` asks before a pseudo-terminal, and gets an empty line, `n`, the end of input, `yet`, then `y`.
+
+    Only `y` signs; before, it shows digests, target, who, why, and which trusted or other keys have signed.
+    """
     common = ("sign", "app", "--channel", "stable", *holders.trust, "--seed-file", holders.bob)
     for answer in ("\n", "n\n", "", "yet\n"):
         before = shell.metas()
@@ -650,7 +687,10 @@ def test_what_changes_while_a_person_looks_is_not_signed(
     terminal: Callable[[Person | None], Callable[[], str]],
     what: tuple[str, str],
 ) -> None:
-    """The answer is about what was shown: the fence holds, and the second one is told."""
+    """While `syncd sign` waits for the answer `y`, the generation, the channel or the key set is written anew.
+
+    It ends with a failure, and what the other one wrote stays as it is.
+    """
     change = ("keys", "app", *holders.trust, "--threshold", "1", "--seed-file", holders.ann)
     shell.fine(*change, "--why", "one")
 
@@ -684,7 +724,10 @@ def test_what_changes_while_a_person_looks_is_not_signed(
 def test_where_nobody_can_be_asked_the_digest_has_to_be_named(
     shell: Shell, holders: Holders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Input from a file, or closed; the digest that would do is not handed over with the refusal."""
+    """`syncd sign` runs without --expect, and its stdin is no terminal or missing.
+
+    It is a usage error that does not show the digest, and nothing is written.
+    """
     before = shell.metas()
     for stdin in (sys.stdin, None):
         monkeypatch.setattr(sys, "stdin", stdin)

@@ -96,7 +96,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 @pytest.mark.parametrize("layout", ["objects", "generations"])
 @pytest.mark.fault("N9")
 async def test_a_clock_that_leaps_to_and_fro_leads_nobody_back(site: Site, layout: str) -> None:
-    """What is written last is the newest, whatever its publisher took for the time; files keep their own times."""
+    """The publisher's clock leaps by a year, ahead and back, between six pushes, in both layouts.
+
+    After each the mirror has what was written last, and files keep their own times.
+    """
     site.publish = {"layout": layout}
     for number, off in enumerate((0.0, YEAR, -YEAR, 0.0, -YEAR, YEAR)):
         site.off = off
@@ -110,7 +113,10 @@ async def test_a_clock_that_leaps_to_and_fro_leads_nobody_back(site: Site, layou
 @BOTH
 @pytest.mark.fault("N9")
 async def test_a_signed_folder_is_followed_whatever_its_publishers_clock_says(site: Site, off: float) -> None:
-    """Moves are told apart by their count, not by their time: an operator with the right clock moves it, too."""
+    """A publisher signs with its clock a year ahead or behind; between, an operator with a right clock rolls back.
+
+    Every move is followed, in the order of their counts.
+    """
     signer = Signer(generate()[0])
     site.publish, site.trust = {"signer": signer}, Trust(frozenset({signer.public}), 1)
     site.off = off
@@ -130,7 +136,10 @@ async def test_a_signed_folder_is_followed_whatever_its_publishers_clock_says(si
 @pytest.mark.parametrize("off", [0.0, YEAR, -YEAR], ids=["right", "a year ahead", "a year behind"])
 @pytest.mark.fault("N9")
 async def test_generations_age_by_the_servers_clock(site: Site, off: float) -> None:
-    """Within the grace time nothing goes, after it what is too many, after the days that are set what is too old."""
+    """The publisher's clock is right, a year ahead or a year behind, while the server's goes on by 31 days.
+
+    Only by the server's clock generations go: too many after the grace time, too old after keep_days.
+    """
     site.publish = {"keep_generations": 3, "keep_days": 30.0, "grace_seconds": 60.0}
     site.off = off
     for number in range(4):
@@ -152,7 +161,10 @@ async def test_generations_age_by_the_servers_clock(site: Site, off: float) -> N
 
 @pytest.mark.fault("N9")
 async def test_a_clock_that_is_set_back_delays_no_collection(site: Site) -> None:
-    """A service that was told by a clock a year ahead when to collect next does so when the grace time is over."""
+    """A running publisher's clock is a year ahead for one round, then set right.
+
+    What is too many is collected 61 s later, when the grace time is over, not a year later.
+    """
     site.publish = {"keep_generations": 1, "keep_days": 0.0, "grace_seconds": 60.0}
     for number in range(2):
         await site.push(f"version {number}")
@@ -171,7 +183,10 @@ async def test_a_clock_that_is_set_back_delays_no_collection(site: Site) -> None
 
 @pytest.mark.fault("N9")
 def test_what_a_clock_ahead_noted_is_counted_from_now(tmp_path: Path) -> None:
-    """An index of before ages were the server's, or of before its clock was set right."""
+    """Loose blobs are noted in the index by a clock that is a year ahead, then asked for by the right one.
+
+    They count as loose from that moment on.
+    """
     index = Index(tmp_path / "index.db")
     blobs = Blobs(index)
     try:
@@ -185,7 +200,10 @@ def test_what_a_clock_ahead_noted_is_counted_from_now(tmp_path: Path) -> None:
 @BOTH
 @pytest.mark.fault("N9")
 async def test_a_clock_that_is_set_right_neither_hurries_nor_stops_the_collection(site: Site, off: float) -> None:
-    """Blobs that were found loose under the wrong time go a grace time later, as the server counts it."""
+    """A collection runs while the publisher's clock is a year ahead or behind, later ones after it was set right.
+
+    Loose blobs go a grace time after they were found, as the server counts it: not yet after 30 s, but after 61.
+    """
     site.publish = {"keep_generations": 1, "keep_days": 0.0, "grace_seconds": 60.0, "compress": False}
     for number in range(2):
         await site.push(f"version {number}" * 100)
@@ -203,7 +221,10 @@ async def test_a_clock_that_is_set_right_neither_hurries_nor_stops_the_collectio
 @BOTH
 @pytest.mark.fault("N9")
 async def test_replaced_objects_keep_their_grace_time(site: Site, off: float) -> None:
-    """In the objects layout it is counted from when we replaced them, by one and the same clock."""
+    """In the objects layout a file is replaced by a publisher whose clock is a year ahead or behind.
+
+    The old content is still there after 59 s and freed after 61: the grace time is 60.
+    """
     site.publish = {"layout": "objects", "grace_seconds": 60.0}
     site.off = off
     bucket = site.store.bucket("app")
@@ -235,7 +256,10 @@ def fresh(site: Site) -> Site:
 
 @pytest.mark.fault("N9", "K4")
 async def test_a_clock_a_year_behind_is_named_and_mended_by_the_right_one(fresh: Site) -> None:
-    """Its moves have ended before they are made: refused, with the clocks as a reason; the right time brings them."""
+    """A publisher whose clock is a year behind signs a move that is good for a day.
+
+    The host refuses it as not fresh and names the clocks; pushed again with the right clock it is followed.
+    """
     await fresh.push("one")
     await fresh.pull()
     fresh.off = -YEAR
@@ -252,7 +276,10 @@ async def test_a_clock_a_year_behind_is_named_and_mended_by_the_right_one(fresh:
 @pytest.mark.parametrize(("minutes", "good"), [(4, True), (6, False)])
 @pytest.mark.fault("N9", "K4")
 async def test_some_minutes_are_forgiven(fresh: Site, minutes: int, good: bool) -> None:
-    """A move that ended a few minutes ago by our clock may still be good by its publisher's."""
+    """A publisher whose clock is 4 or 6 minutes behind signs a move that ends after a second.
+
+    With 4 minutes the host follows it, with 6 it is refused as not fresh.
+    """
     fresh.publish["expire_seconds"] = 1.0
     fresh.off = -minutes * 60.0
     await fresh.push("one")
@@ -266,7 +293,10 @@ async def test_some_minutes_are_forgiven(fresh: Site, minutes: int, good: bool) 
 
 @pytest.mark.fault("N9", "K4")
 async def test_a_clock_a_year_ahead_does_not_silence_the_alarm_for_a_year(fresh: Site) -> None:
-    """Once it is right again the next round says when the head's word really ends: silence is noticed after a day."""
+    """A publisher signs with its clock a year ahead, once more with the right one, and then nothing for 25 hours.
+
+    The host says `stale` then: what counts is the end that the right clock has set.
+    """
     fresh.off = YEAR
     await fresh.push("one")
     await fresh.pull()

@@ -517,7 +517,10 @@ async def test_a_full_bucket_keeps_the_head(shelf: Shelf) -> None:
 
 @pytest.mark.fault("N5")
 async def test_what_a_failed_publish_left_is_collected_although_nothing_fits(shelf: Shelf) -> None:
-    """A bucket that is full to the brim of blobs that nothing reaches: after the grace time it goes on by itself."""
+    """A bucket of 1 MB is filled to the brim with blobs that no generation reaches; a file waits in the source.
+
+    The running publisher frees them after the grace time and commits the file by itself.
+    """
     shelf.options |= {"bucket": BucketSpec(max_bytes=1_000_000), "grace_seconds": 1.0, "settle_seconds": 0.01}
     await shelf.push()
     bucket = shelf.store.bucket("app")

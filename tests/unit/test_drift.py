@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -548,6 +549,180 @@ async def test_the_audit_keeps_to_its_rate_and_rests_after_a_pass(make: Callable
     assert 3600 <= passes[1] < 3660
     assert 3600 < passes[2] < 3720
     assert cost >= 3 * 8 * 300_000
+
+
+# after a crash -------------------------------------------------------------------------------------------------------
+
+
+NEXT = {
+    "d": TREE["d"],
+    "d/a": file("AAAA"),
+    "d/e": file("was a directory"),
+    "f": file("ffff", mode=0o600),
+    "n": folder(),
+    "n/link": link("new"),
+    "n/new": file("new"),
+}
+"""One file changed, one of another mode, a directory that becomes a file, two paths gone, and three more."""
+
+
+def cut_off(kept: Mirrored, tree: Any = NEXT, *, before: bool = False) -> None:
+    """Die once a commit is done and before it is in the index, or just before the commit; start again."""
+    plan = kept.keeper.plan(tree)
+    kept.drift.expect(plan)
+    if not before:
+        assert kept.mirror.commit(plan, drift="repair").problems == []
+    kept.index.drop_remote(kept.tree.keys() - tree.keys())
+    kept.index.put_remote(kept.remote(path, node) for path, node in tree.items())
+    kept.restart()
+
+
+def rows_of(kept: Mirrored) -> dict[str, Entry]:
+    """What the index has of each path; a second digest of the same content tells nothing more."""
+    return {row.path: row.entry._replace(sha256="") for row in kept.index.iter_local()}
+
+
+@pytest.mark.fault("C1")
+def test_what_a_commit_did_before_the_crash_is_ours_at_the_next_start(make: Callable[..., Mirrored]) -> None:
+    """Killed between the commit and the index: what is there and what is gone is taken in, and told to nobody."""
+    kept = make()
+    cut_off(kept)
+    kept.drift.settle()
+    assert rows_of(kept).keys() == NEXT.keys()
+    assert rows_of(kept)["f"].mode == 0o600
+    assert kept.check() == (None, [])
+    assert kept.differences() == set()
+    # Deleted upstream before that start, it goes: without the note it would be a stranger's, and stay for ever.
+    kept.index.drop_remote(["n", "n/new", "n/link"])
+    assert kept.differences() == {"n", "n/new", "n/link"}
+
+
+@pytest.mark.fault("C1")
+def test_a_commit_that_never_came_to_be_leaves_the_index_as_it_was(make: Callable[..., Mirrored]) -> None:
+    """Killed after the note and before the commit: what was to go is still there, and still ours."""
+    kept = make()
+    before = rows_of(kept)
+    cut_off(kept, before=True)
+    kept.drift.settle()
+    assert rows_of(kept) == before
+    assert kept.check() == (None, [])
+    assert kept.differences() >= {"d/a", "d/b", "l", "n", "n/new", "n/link"}
+
+
+@pytest.mark.fault("C1")
+def test_what_somebody_did_between_the_crash_and_the_start_is_drift(make: Callable[..., Mirrored]) -> None:
+    """Killed before the index, then removed, edited and replaced by others: that is not what the commit did."""
+    kept = make()
+    cut_off(kept)
+    before = rows_of(kept)
+    (kept.root / "d/a").unlink()
+    (kept.root / "n/new").write_text("NEW")
+    (kept.root / "n/link").unlink()
+    (kept.root / "n/link").symlink_to("elsewhere")
+    kept.drift.settle()
+    after = rows_of(kept)
+    assert after.keys() == before.keys() - {"d/b", "d/e/x", "d/e/y", "l"} | {"n"}
+    assert after["d/a"] == before["d/a"]
+    assert [line["path"] for line in kept.check()[1]] == ["d/a"]
+    assert kept.differences() >= {"d/a", "n/new", "n/link"}
+
+
+def test_nothing_is_read_where_another_kind_of_thing_was_put(
+    make: Callable[..., Mirrored], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of any size in the place of a link: a start does not read it to know that it is none of ours."""
+    kept = make()
+    cut_off(kept)
+    for path in ("n/link", "n/new"):
+        (kept.root / path).unlink()
+    (kept.root / "n/link").write_text("large")
+    (kept.root / "n/new").mkdir()
+    read: list[str] = []
+    real = kept.mirror.read_digests
+
+    def spy(path: str) -> tuple[str, str, Stat]:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(kept.mirror, "read_digests", spy)
+    kept.drift.settle()
+    assert set(read) == {"d/a", "d/e", "f"}
+    assert not {"n/link", "n/new"} & rows_of(kept).keys()
+
+
+@pytest.mark.fault("P6")
+def test_a_note_of_an_older_version_may_name_what_no_path_is(make: Callable[..., Mirrored]) -> None:
+    """Names that syncd does not use any more stand in it: a start passes over them, and takes in the rest."""
+    kept = make()
+    cut_off(kept)
+    lines = json.loads(kept.index.note(drift_module.IN_FLIGHT))
+    odd = [[path, None] for path in (".syncd/lock", "../x", "", "a//b", "d/.syncd")]
+    kept.index.set_note(drift_module.IN_FLIGHT, json.dumps(odd + lines))
+    kept.drift.settle()
+    assert rows_of(kept).keys() == NEXT.keys()
+
+
+def test_what_was_settled_is_settled_once(make: Callable[..., Mirrored]) -> None:
+    """The note is gone with what it told: a later start does not take a stranger's file for what once was ours."""
+    kept = make()
+    cut_off(kept)
+    kept.drift.settle()
+    kept.restart()
+    kept.index.drop_local(["n/new"])
+    kept.drift.settle()
+    assert "n/new" not in rows_of(kept)
+    assert kept.index.note(drift_module.IN_FLIGHT) == ""
+
+
+def test_the_note_tells_of_what_is_not_remembered_yet_and_of_nothing_else(make: Callable[..., Mirrored]) -> None:
+    """Several commits may be on their way to one transaction; what was remembered does not make the note grow."""
+    kept = make()
+
+    def noted() -> set[str]:
+        return {path for path, _ in json.loads(kept.index.note(drift_module.IN_FLIGHT) or "[]")}
+
+    for path, known in (("one", {"one"}), ("two", {"one", "two"})):
+        kept.drift.expect(kept.keeper.plan(TREE | {path: file(path)}))
+        assert noted() == known
+    kept.drift.remembered()
+    assert noted() == set()
+    kept.drift.expect(kept.keeper.plan(TREE | {"three": file("three")}))
+    assert noted() == {"three"}
+
+
+@pytest.mark.fault("C1 S3")
+def test_a_directory_that_may_not_be_searched_does_not_keep_a_start_from_settling() -> None:
+    """Killed before the index, then closed to us: what is below is unknown, and everything else is taken in."""
+    with nobodys() as tmp:
+        said = as_nobody(
+            """
+from tests.unit.test_drift import cut_off, rows_of
+kept = Mirrored(Path(sys.argv[1]), TREE)
+cut_off(kept, {path: node for path, node in TREE.items() if path != "d/b"} | {"d/e/x": file("X"), "f": file("F")})
+(kept.root / "d/e").chmod(0)
+kept.drift.settle()
+rows = rows_of(kept)
+print(rows["f"].size, rows["d/e/x"].size, "d/b" in rows)
+(kept.root / "d/e").chmod(0o755)
+kept.check()
+print(kept.differences())
+""",
+            tmp,
+        )
+    assert said == "1 4 False\nset()"
+
+
+def test_another_device_number_is_no_change(make: Callable[..., Mirrored], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows have the one that the disk had before the machine started again: nothing is read, nothing is found."""
+    kept = make()
+    kept.index.put_local(row._replace(stat=row.stat._replace(dev=row.stat.dev + 1)) for row in kept.index.iter_local())
+    read: list[str] = []
+    monkeypatch.setattr(kept.mirror, "read_digests", lambda path, **_: read.append(path))
+    assert kept.drift.suspects(TREE) == set()
+    assert kept.check() == (None, [])
+    assert kept.check(TREE) == (set(), [])
+    assert kept.audit_all() == set()
+    assert (read, kept.differences()) == ([], set())
 
 
 # bookkeeping ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,11 @@ from hypothesis import strategies as st
 @pytest.mark.parametrize("number", [1, 2, pytest.param(3, marks=pytest.mark.fault("A3"))])
 def test_cases(number):
     \"\"\"Something is provoked
-    for three numbers. And more.\"\"\"
+    for three numbers. It is seen.
+
+    What the report has no room for: eighty figures, and sixty, and sixty, and sixty, and sixty, and sixty, and sixty,
+    and sixty, and sixty, and sixty, and sixty, and sixty, and sixty, and sixty, and sixty, and sixty, and sixty, and
+    sixty, and sixty, and sixty, and sixty, and sixty, and sixty, and sixty, and sixty, and sixty, and six. More.\"\"\"
 
 
 @pytest.mark.fault("A2", "B1")
@@ -93,6 +97,11 @@ def test_every_line_of_the_catalogue_has_tests_or_a_reason() -> None:
     assert Catalogue.read().check(marked_tests()) == []
 
 
+def test_every_test_of_a_fault_says_how_it_is_provoked() -> None:
+    """The report shows what its docstring says; a name alone says what comes out at most."""
+    assert [test.name for test in marked_tests() if test.how == faults.by_name(test.name.split("::")[-1])] == []
+
+
 def test_the_page_is_in_step_with_the_markers() -> None:
     """``python -m tests.faults`` writes it anew."""
     assert out_of_step(faults.PAGE.read_text(), Catalogue.read(), marked_tests()) == []
@@ -112,9 +121,9 @@ def test_the_markers_are_read_as_pytest_reads_them() -> None:
 
 
 def test_markers_are_found_wherever_they_stand(made: Path) -> None:
-    """On functions, parameters, classes; in one text or in several; the first sentence, or else the name."""
+    """On functions, parameters, classes; in one text or in several; the sentences that fit, or else the name."""
     assert marked_tests(made, made) == [
-        Marked("test_made.py::test_cases", ("A1", "A2", "A3"), "Something is provoked for three numbers."),
+        Marked("test_made.py::test_cases", ("A1", "A2", "A3"), "Something is provoked for three numbers. It is seen."),
         Marked("test_made.py::test_that_repeats", ("A2", "B1"), "That repeats."),
         Marked("test_made.py::test_of_many_examples", ("B1",), "Of many examples."),
         Marked("test_made.py::test_that_fails", ("B2",), "That fails."),
@@ -168,7 +177,7 @@ def test_a_run_leaves_its_results_and_several_add_up(made: Path) -> None:
     assert len(results.origins) == 2
     page = render(CATALOGUE, marked_tests(made, made), results)
     for row in (
-        "| `test_made.py::test_cases` | Something is provoked for three numbers. | 6 | passed |",
+        "| `test_made.py::test_cases` | Something is provoked for three numbers. It is seen. | 6 | passed |",
         "| `test_made.py::test_that_repeats` | That repeats. | 1000 | passed |",
         "| `test_made.py::test_that_fails` | That fails. | 4 | **failed** (2 of 4 cases) |",
         "| `test_made.py::test_that_is_skipped` | That is skipped. |  | skipped: needs root |",

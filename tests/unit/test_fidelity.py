@@ -148,7 +148,10 @@ def mounted(where: Path, *what: str | Path) -> Iterator[Path]:
 
 @pytest.mark.fault("M3")
 async def test_directories_keep_their_times_whatever_happens_in_them(pair: Pair) -> None:
-    """Files come, change and go, deep down; also where the source's directories show nothing of it by their times."""
+    """In nested directories files are written, added, removed, renamed and turned into links, and times set back.
+
+    After each step the mirror's directories have the source's times, and a further round has nothing to do.
+    """
     inner = pair.source / "a/b/c"
     for name in ("changed", "gone", "kind", "sub/x", "sub/y"):
         write(inner / name)
@@ -204,7 +207,10 @@ TIMES = {
 
 @pytest.mark.fault("M5")
 async def test_times_of_any_age_arrive_to_the_nanosecond(pair: Pair) -> None:
-    """Of files, directories and symlinks, as far as this filesystem has them itself; and nothing comes to and fro."""
+    """Files, directories and symlinks are given times from before 1901 to 2262, to the nanosecond.
+
+    They arrive as they are, as far as this filesystem has them itself, and a further round has nothing to do.
+    """
     kept = set()
     for name, when in TIMES.items():
         write(pair.source / name / "file", name)
@@ -234,7 +240,10 @@ NEAREST = {
 @pytest.mark.parametrize("mode", ["mirror", "release"])
 @pytest.mark.fault("M5")
 async def test_a_filesystem_with_coarse_times_has_the_nearest_there_are(tmp_path: Path, mode: str) -> None:
-    """No nanoseconds, nothing before 1901 or after 2038: that is no drift, and a further round has nothing to do."""
+    """The mirror lies on a mounted ext2 of 32-bit whole seconds; times are finer, before 1901 and after 2038.
+
+    The nearest ones are set; that is no drift, and the next round places nothing.
+    """
     tree = {
         f"d{number}": folder(
             {"f": generations.file("f", mtime_ns=when), "l": generations.link("f", mtime_ns=when)}, mtime_ns=when
@@ -277,9 +286,11 @@ def mark(path: Path, value: bytes = b"1") -> None:
         pytest.skip("needs extended attributes here")
 
 
-@pytest.mark.fault("M4")
 async def test_extended_attributes_stay_behind_without_a_word(pair: Pair) -> None:
-    """The content arrives, they do not; they make neither a generation at the source nor drift at the mirror."""
+    """Files and directories of the source get extended attributes and an access list, the mirror's get others.
+
+    The former do not arrive, the latter stay, and neither makes a generation or counts as drift.
+    """
     marked = [write(pair.source / "d/file"), pair.source / "d"]
     for path in marked:
         mark(path)
@@ -296,7 +307,10 @@ async def test_extended_attributes_stay_behind_without_a_word(pair: Pair) -> Non
 @pytest.mark.parametrize("how", ["objects", "generations", "release"])
 @pytest.mark.fault("M4")
 async def test_a_filesystem_that_refuses_extended_attributes_is_as_good_as_any(tmp_path: Path, how: str) -> None:
-    """Source and mirror are on one: all arrives, changes too, and nobody complains."""
+    """Source and mirror lie on a mounted ramfs, which refuses extended attributes.
+
+    Files, modes, links and later changes arrive, and nobody complains.
+    """
     with mounted(tmp_path / "disk", "-t", "ramfs", "none") as disk:
         pair = Pair(tmp_path, how, disk)
         with pytest.raises(OSError, match="not supported"):
@@ -312,9 +326,11 @@ async def test_a_filesystem_that_refuses_extended_attributes_is_as_good_as_any(t
 
 
 @pytest.mark.parametrize("how", ["generations", "release"])
-@pytest.mark.fault("X1")
 async def test_a_filesystem_that_does_not_tell_its_room_is_not_taken_for_full(tmp_path: Path, how: str) -> None:
-    """It says that it has no blocks at all, as ramfs and some in user space do: writing shows whether there is room."""
+    """Source and mirror lie on a mounted ramfs, whose statvfs says that it has no blocks at all.
+
+    The file arrives all the same: writing shows whether there is room.
+    """
     with mounted(tmp_path / "disk", "-t", "ramfs", "none") as disk:
         assert os.statvfs(disk).f_blocks == 0
         pair = Pair(tmp_path, how, disk)
@@ -336,7 +352,10 @@ TWINS = [
 
 @pytest.mark.fault("P5")
 async def test_twins_that_look_alike_are_two_names(pair: Pair) -> None:
-    """Files and directories whose names differ in case or in Unicode form live side by side, change and go alone."""
+    """Files and directories are made whose names differ in case or Unicode form only; one twin changes or goes.
+
+    Both arrive as two names, and the other one stays as it was.
+    """
     for twins in TWINS:
         for name in twins:
             write(pair.source / f"d{name}" / "inner", f"below {name}")
@@ -359,7 +378,10 @@ async def test_twins_that_look_alike_are_two_names(pair: Pair) -> None:
 
 @pytest.mark.fault("P5")
 async def test_a_rename_that_changes_the_form_only_is_a_rename(pair: Pair) -> None:
-    """Of files and full directories, to and fro: old names are gone, new ones there, no content is sent or fetched."""
+    """Files and full directories are renamed to names that differ in case or Unicode form only, and back.
+
+    Only the new names are in the mirror, and no content is sent or fetched again.
+    """
     for old, _ in TWINS:
         write(pair.source / old, os.urandom(20_000).hex())
         write(pair.source / f"d{old}" / old, os.urandom(20_000).hex())
@@ -387,7 +409,10 @@ HARMLESS = [
 
 @pytest.mark.fault("P2")
 async def test_what_only_looks_like_a_separator_is_part_of_a_name(pair: Pair) -> None:
-    """Backslashes, percent signs and the slashes of other scripts arrive as they are, in one directory."""
+    """Names of the source hold backslashes, percent escapes and slashes of other scripts (`..%2f..%2fescape`).
+
+    All arrive as they are, in one directory, and nothing lands elsewhere.
+    """
     for name in HARMLESS:
         write(pair.source / name, name)
         write(pair.source / "d" / name, name)
@@ -400,7 +425,10 @@ async def test_what_only_looks_like_a_separator_is_part_of_a_name(pair: Pair) ->
 @pytest.mark.parametrize("way", ["escaped slashes", "escaped dots", "all escaped"])
 @pytest.mark.fault("P1 P2")
 async def test_a_name_is_judged_after_it_was_decoded(tmp_path: Path, way: str) -> None:
-    """What JSON's escapes make of it counts, and what a subject says does not; an object beside it is had."""
+    """A metadata message spells `../../escape` in JSON escapes, under its own subject and an innocent one.
+
+    Both are reported and nothing of them is written; a good object beside them arrives.
+    """
     pair = Pair(tmp_path, "objects")
     name = "../../escape"
     meta = raw_meta(name, b"evil", "n1", bucket="app")
@@ -436,7 +464,10 @@ def named(new: str, path: str = "f") -> Forge:
 @pytest.mark.parametrize("name", ["../escape", "/escape", "d/escape", "escape/", "d//escape"])
 @pytest.mark.fault("P1 P2")
 async def test_a_component_with_a_slash_refuses_the_generation(tmp_path: Path, mode: str, name: str) -> None:
-    """Forged into a directory's node: nothing of it is written, and the next generation is had."""
+    """A directory's node is forged so that a file is called `../escape`, `/escape`, `d/escape` or the like.
+
+    The generation is refused, nothing of it is written, and the next one is applied.
+    """
     pair = Pair(tmp_path, mode)
     publisher = generations.Publisher(pair.store)
     tree = {"d": folder({"keep": generations.file("k")}), "f": generations.file("evil")}
@@ -459,7 +490,10 @@ async def test_a_component_with_a_slash_refuses_the_generation(tmp_path: Path, m
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
 @pytest.mark.fault("P6")
 async def test_a_generation_that_holds_our_private_directory_is_refused(tmp_path: Path, mode: str, kind: str) -> None:
-    """As a file, as a symlink that leads out, as a directory with a journal: journal and staging stay ours."""
+    """A generation's node is forged to hold `.syncd`: a file, a symlink to /tmp, or a directory with a journal.
+
+    It is refused, and the mirror's tree and private directory stay as they were.
+    """
     pair = Pair(tmp_path, mode)
     publisher = generations.Publisher(pair.store)
     tree = {"keep": generations.file("k")}
@@ -489,7 +523,10 @@ OURS = [
 
 @pytest.mark.fault("P6")
 async def test_names_that_are_ours_elsewhere_are_anybodys(pair: Pair) -> None:
-    """All of them arrive, change and go; neither the bucket's own objects nor a mirror's own files suffer."""
+    """The source holds names that syncd uses elsewhere: `current`, `journal`, `channels/head`, `.syncd2` and more.
+
+    All arrive, change and go as any others, and a further round has nothing to do.
+    """
     for name in OURS:
         write(pair.source / name, name)
     await pair.go()
@@ -503,7 +540,10 @@ async def test_names_that_are_ours_elsewhere_are_anybodys(pair: Pair) -> None:
 @pytest.mark.parametrize("kind", ["a directory", "a file", "a symlink"])
 @pytest.mark.fault("P6")
 async def test_a_source_keeps_its_private_directory_to_itself(pair: Pair, kind: str) -> None:
-    """A source may be somebody's mirror, or hold anything under our name: it is never published."""
+    """The source holds `.syncd`, as a directory with a journal, as a file, or as a symlink to /etc.
+
+    It is not published: the mirror gets the file beside it and nothing else.
+    """
     private = pair.source / ".syncd"
     if kind == "a directory":
         write(private / "journal", "secret")
@@ -522,7 +562,10 @@ async def test_a_source_keeps_its_private_directory_to_itself(pair: Pair, kind: 
 @pytest.mark.parametrize("pair", ["generations", "release"], indirect=True)
 @pytest.mark.fault("P6")
 async def test_a_mirror_may_be_a_source(pair: Pair, tmp_path: Path) -> None:
-    """What is kept of a folder here is published under another name from here: both mirrors are equal."""
+    """A mirror, with its own `.syncd` in or above it, is published again and mirrored elsewhere.
+
+    The second mirror equals the first source, after changes, too.
+    """
     for name in ("a", "d/b", "current", "releases/x"):
         write(pair.source / name, name)
     await pair.go()

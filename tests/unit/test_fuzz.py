@@ -167,7 +167,10 @@ FORMATS = {
 @fuzz(600)
 @given(data=st.data())
 def test_any_bytes_are_refused_or_have_one_form(name: str, data: st.DataObject) -> None:
-    """Spoiled and made-up bytes of each format: the errors of its contract, or written again as they were."""
+    """Honest nodes, recipes, records, moves, key sets and signatures are flipped, cut, spliced or made up.
+
+    Each is refused by its decoder's own errors, or what was read is written again as the same bytes.
+    """
     form = FORMATS[name]
     raw = data.draw(spoiled(form.valid) | noise)
     if data.draw(st.booleans()):
@@ -182,7 +185,10 @@ def test_any_bytes_are_refused_or_have_one_form(name: str, data: st.DataObject) 
 @fuzz(100)
 @given(data=st.data())
 def test_no_bytes_make_a_reader_allocate_what_they_claim(name: str, data: st.DataObject) -> None:
-    """Lengths and counts that lie are found out before anything is made for them."""
+    """Honest bytes of each format are spoiled: lengths and counts replaced, bits flipped, parts cut and doubled.
+
+    Reading them never allocates more than 3 MiB and fifty times their size.
+    """
     form = FORMATS[name]
     raw = data.draw(spoiled(form.valid))
     tracemalloc.start()
@@ -224,7 +230,10 @@ PAYLOADS = [
 @fuzz(1000)
 @given(spoiled(PAYLOADS) | noise, st.sampled_from([digest_of(TEXT), digest_of(b""), digest_of(bytes(BLOB_MAX))]))
 def test_a_payload_is_a_blob_of_its_digest_or_refused(payload: bytes, digest: str) -> None:
-    """Under the digest of something else, or of what it holds itself; the memory is that of a blob."""
+    """Stored payloads, among them zstd frames that lie about their size, are spoiled and read under some digest.
+
+    What is read has that digest and the size of a blob at most, and memory stays bounded.
+    """
     for named in (digest, digest_of(payload[1:])):
         tracemalloc.start()
         try:
@@ -350,7 +359,10 @@ def in_range(info: ObjectInfo) -> None:
 @fuzz(1200)
 @given(stored_messages())
 def test_any_message_is_an_object_or_bad_metadata(message: Any) -> None:
-    """What is read is in range, and what is no link or tombstone says the same when it is written again."""
+    """Metadata messages are spoiled or made up: JSON, names such as `../x`, subjects, sequences, time stamps.
+
+    Each is told as bad, or all its fields are in range and the same when written and read again.
+    """
     info = bounded(lambda: reader_of("B")._read_meta(message), ())
     if isinstance(info, BadMeta):
         return
@@ -372,7 +384,10 @@ def test_any_message_is_an_object_or_bad_metadata(message: Any) -> None:
 @example(message=stored_as("n", PLAIN, stamp="9999-12-31T23:59:59Z"), path=None)
 @example(message=stored_as("n", PLAIN, seq="9" * 19), path=None)
 def test_any_object_is_a_row_that_a_mirror_can_hold_or_refused(message: Any, path: str | None) -> None:
-    """Its path is safe, its mode and times are in range, and an index keeps it as it is."""
+    """Spoiled metadata messages with hostile names, modes and times are made rows of a mirror's index.
+
+    Each is refused, or its path is safe, its mode in range, and the index gives it back as it is.
+    """
     info = reader_of("B")._read_meta(message)
     if isinstance(info, BadMeta) or info.deleted or info.link is not None:
         return
@@ -450,7 +465,10 @@ UNHASHABLE = b'{"error":{"code":[],"err_code":[]}}'
 @given(spoiled(ANSWERS) | noise)
 @example(UNHASHABLE)
 def test_any_answer_of_the_server_is_read_or_an_error_of_ours(payload: bytes) -> None:
-    """Acknowledgements, refusals, stream information."""
+    """The server's JSON answers (acknowledgement, refusal, stream information) are spoiled or made up.
+
+    Each is read as an object, or is an error of ours.
+    """
     answer = bounded(lambda: api.read_json(payload, "ask"), ALL_ERRORS)
     if answer is not None:
         assert isinstance(answer, dict)
@@ -495,7 +513,10 @@ def test_any_state_of_a_stream_is_read_or_an_error_of_ours(info: dict[str, Any])
 )
 @example(UNHASHABLE, None)
 def test_any_acknowledgement_ends_the_wait_for_it(payload: bytes, headers: dict[str, str] | None) -> None:
-    """With a sequence, or an error of ours: a publisher that is answered at all never waits for ever."""
+    """A message under way is answered by a spoiled or made-up acknowledgement with odd headers.
+
+    Its wait ends with a sequence or an error of ours, or its lane is held to try again.
+    """
 
     async def acknowledge() -> None:
         transport = Transport(SimpleNamespace(on_denied=lambda *_: lambda: None))  # type: ignore[arg-type]
@@ -579,11 +600,14 @@ blob_messages = st.builds(
 )
 
 
-@pytest.mark.fault("O1 N8")
+@pytest.mark.fault("O1")
 @fuzz(200)
 @given(pages=st.lists(st.lists(blob_messages, max_size=5), max_size=3))
 def test_any_pages_of_blobs_give_each_blob_once_or_say_that_it_is_gone(pages: list[list[Any]]) -> None:
-    """Doubled, foreign, damaged and empty messages: each digest is answered once, by its own bytes or an error."""
+    """Three blobs are asked for, and pages come with doubled, foreign, damaged, empty and headless messages.
+
+    Each digest is answered once, by its own bytes or by an error.
+    """
 
     async def fetch() -> dict[str, Any]:
         blobs = Blobs(Pages(pages), lambda: "n")  # type: ignore[arg-type]
@@ -606,7 +630,10 @@ def test_any_pages_of_blobs_give_each_blob_once_or_say_that_it_is_gone(pages: li
     st.lists(st.lists(st.binary(max_size=4), max_size=3), max_size=4),
 )
 def test_chunks_are_never_more_than_the_metadata_says(content: Stored, pages: list[list[bytes]]) -> None:
-    """Counted before they are written, whatever comes."""
+    """Chunks come in numbers and sizes that have nothing to do with those in the object's metadata.
+
+    They are refused before more is counted than the metadata says.
+    """
     info = ObjectInfo("B", "n", "n", content.size, content.chunks, "", deleted=False, mtime_ns=0, seq=1)
     meter = Meter(info)
     for page in pages:
@@ -653,7 +680,10 @@ async def walk(reader: TreeReader, generation: Generation) -> int:
 @fuzz(400)
 @given(data=st.data())
 def test_any_tree_is_read_whole_or_refused(data: st.DataObject) -> None:
-    """A publisher's nodes, recipes, payloads and record are spoiled as it writes them, digests and all."""
+    """Nodes, recipes, payloads, record or head link of a tree are spoiled as a hostile publisher writes them.
+
+    A walk as a host does it reads the tree whole, or refuses it, in bounded time.
+    """
     target = data.draw(st.sampled_from(["node", "places", "recipe", "payload", "record", "link"]))
 
     def at_times(value: bytes) -> bytes:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from syncd.channels import Channels
-from syncd.errors import DiskProblem, ObjectCorrupt, Untrusted
-from syncd.guard import Guard, TrustNote
+from syncd.errors import DiskProblem, ObjectCorrupt, Unavailable, Untrusted
+from syncd.guard import Guard, TrustNote, _version_of
+from syncd.index import Index
 from syncd.keysets import KeyChange, KeySets
 from syncd.moves import move_metadata, read_move
 from syncd.outlet import PublishOptions
@@ -22,10 +27,10 @@ from syncd.service import FolderThread
 from syncd.signatures import Signer, generate
 from syncd.status import FolderStatus, StatusKeeper
 from syncd.store.base import CHANNELS, GENERATIONS, HEAD, Link
-from syncd.store.memory import MemoryStore
+from syncd.store.memory import MemoryBucket, MemoryStore
 from syncd.subscriber import TRUST_FILE, SubscribeOptions, Subscriber
 from syncd.trees import TreeReader, generation_name
-from syncd.trust import MOVE, SIGNATURES, Trust
+from syncd.trust import MOVE, SIGNATURES, Seen, Trust, keys_name
 from tests.support.signing import sign_generation, sign_move
 
 if TYPE_CHECKING:
@@ -172,6 +177,24 @@ async def test_a_signed_rollback_is_followed(fleet: Fleet) -> None:
     assert ((await fleet.pull()).generation, fleet.has()) == (3, "three")
 
 
+@pytest.mark.fault("K2", "R8")
+async def test_k2_a_second_history_is_no_pins_either(fleet: Fleet) -> None:
+    """A bucket has another generation of the highest number that was seen, well signed: no pin leads there."""
+    await fleet.push("one")
+    once = pickle.dumps(fleet.store._streams)
+    await fleet.push("two")
+    await fleet.pull()
+    fleet.store._streams = pickle.loads(once)
+    (fleet.tmp / "publish-app.db").unlink()
+    assert await fleet.push("another two") == 2
+    for _ in range(2):
+        with pytest.raises(Untrusted, match="two generations 2"):
+            await fleet.pull(generation=2)
+        assert fleet.has() == "two"
+    assert (await fleet.pull(generation=1)).generation == 1
+    assert fleet.has() == "one"
+
+
 @pytest.mark.fault("K3")
 async def test_k3_fast_forward_and_recovery(fleet: Fleet) -> None:
     """A stolen key moves the head to the highest count; once it is replaced, honest moves are followed again."""
@@ -306,7 +329,218 @@ async def test_without_trusted_keys_everything_is_believed(fleet: Fleet) -> None
     fleet.publish = {}
     await fleet.push("one")
     assert (await fleet.pull()).generation == 1
+    assert (await fleet.pull(generation=1)).generation == 1
     assert not fleet.state.with_name(TRUST_FILE).exists()
+    thread = FolderThread("test")
+    guard = Guard(fleet.bucket, HEAD, None, TrustNote(None), thread, time.time)
+    await guard.judge_kept(b"no record", "no signatures")
+    await thread.close(lambda: None)
+
+
+@pytest.mark.fault("K4")
+async def test_k4_freeze_of_a_folder_without_signatures(fleet: Fleet) -> None:
+    """Nobody vouches for the end, but where it is said and has come, that is told."""
+    fleet.trust = None
+    fleet.publish = {"expire_seconds": 24 * HOUR}
+    await fleet.push("one")
+    await fleet.pull()
+    assert fleet.problems == []
+    fleet.now += 25 * HOUR
+    await fleet.pull()
+    assert (fleet.problems, fleet.has()) == (["stale"], "one")
+
+
+class CountedNote(TrustNote):
+    """:ivar loads, saves: how often it was read and replaced."""
+
+    loads = saves = 0
+
+    def load(self) -> tuple[Trust | None, dict[str, Any]]:
+        self.loads += 1
+        return super().load()
+
+    def save(self, trust: Trust, seen: dict[str, Any]) -> None:
+        super().save(trust, seen)
+        self.saves += 1
+
+
+@pytest.mark.fault("K11")
+async def test_k11_what_is_known_is_not_written_again(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read once, written once at the start and for each new move, and in no other round: each time costs two syncs."""
+    thread = FolderThread("test")
+
+    def guard(note: TrustNote) -> Guard:
+        return Guard(fleet.bucket, HEAD, fleet.trust, note, thread, lambda: fleet.now)
+
+    async def events(one: Guard) -> list[str]:
+        with capture_logs() as logs:
+            one.begin(await fleet.bucket.state())
+            await one.follow()
+        return [line["event"] for line in logs]
+
+    await fleet.push("one")
+    note = CountedNote(fleet.tmp / TRUST_FILE)
+    first = guard(note)
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryBucket, "changes", None)  # keys were never replaced: nothing is listed
+        assert await events(first) == []
+    assert (note.loads, note.saves) == (1, 1)
+    for text, saves in (("one", 2), ("two", 3)):
+        await fleet.push(text)
+        head = await TreeReader(fleet.bucket).channel(HEAD)
+        assert head is not None
+        for _ in range(3):
+            first.begin(await fleet.bucket.state())
+            await first.judge(head)
+            await first.follow()
+            assert (note.loads, note.saves) == (1, saves)
+    assert await events(guard(note)) == []  # a start is no change of the configuration
+    fleet.trust = Trust(frozenset({fleet.signer.public, fleet.other.public}), 1)
+    assert await events(guard(note)) == ["trust_reconfigured"]
+    change = KeyChange(drop=(fleet.other.public,))
+    await KeySets(fleet.bucket, time.time).change(fleet.trust, change, [fleet.signer])
+    assert await events(guard(note)) == ["keys_changed"]
+    monkeypatch.setattr(MemoryBucket, "changes", None)  # only what may come next is looked for: nothing is listed
+    assert await events(guard(note)) == []
+    await thread.close(lambda: None)
+
+
+@pytest.mark.fault("K9", "O5")
+async def test_k9_key_sets_without_end_are_read_some_in_each_round(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thief of the one key writes ever more of them; the host follows so many in one round, and the rest later."""
+    monkeypatch.setattr("syncd.guard.MAX_KEY_SETS", 2)
+    thread = FolderThread("test")
+    await fleet.push("one")
+    assert fleet.trust is not None
+    guard = Guard(fleet.bucket, HEAD, fleet.trust, TrustNote(None), thread, lambda: fleet.now)
+    keys = KeySets(fleet.bucket, time.time)
+    versions = []
+    for written in (1, 4, 0, 0):
+        for _ in range(written):
+            await keys.change(fleet.trust, KeyChange(add=(Signer(generate()[0]).public,)), [fleet.signer])
+        guard.begin(await fleet.bucket.state())
+        await guard.follow()
+        assert guard._trust is not None
+        versions.append(guard._trust.version)
+    assert versions == [1, 3, 5, 5]
+    await thread.close(lambda: None)
+
+
+@pytest.mark.fault("K9", "N5")
+async def test_k9_key_sets_of_a_restored_bucket_are_found(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bucket is put back as it was, and a key set comes with a sequence that was seen before; what is known stays
+    known, and is not read again."""
+    thread = FolderThread("test")
+    await fleet.push("one")
+    late = Trust(frozenset({fleet.other.public}), 1)
+    keys = KeySets(fleet.bucket, time.time)
+    both = Trust(frozenset({fleet.signer.public, fleet.other.public}), 1)
+    await keys.change(both, KeyChange(drop=(fleet.signer.public,)), [fleet.signer])
+    backup = pickle.dumps(fleet.store._streams)
+    for text in ("two", "three"):
+        await fleet.push(text)
+    guard = Guard(fleet.bucket, HEAD, late, TrustNote(None), thread, lambda: fleet.now)
+
+    async def version() -> int:
+        guard.begin(await fleet.bucket.state())
+        await guard.follow()
+        assert guard._trust is not None
+        return guard._trust.version
+
+    assert await version() == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryBucket, "download_many", None)
+        assert await version() == 0
+    before = await fleet.bucket.state()
+    fleet.store._streams = pickle.loads(backup)
+    await keys.change(late, KeyChange(add=(fleet.signer.public,)), [fleet.other])
+    after = await fleet.bucket.state()
+    assert (after.created, after.last_seq < before.last_seq) == (before.created, True)
+    assert await version() == 2
+    await thread.close(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        ("keys/0000000001", 1),
+        ("keys/9999999999", 9_999_999_999),
+        *(
+            (name, 0)
+            for name in ("0000000001", "keys/1", "keys/00000000001", "keys/000000000x", "keys/", "a/0000000001")
+        ),
+        *((name, 0) for name in ("keys/000000000\N{ARABIC-INDIC DIGIT ONE}", "keys/000000000\N{SUPERSCRIPT ONE}")),
+    ],
+)
+def test_only_ten_digits_name_a_key_set(name: str, version: int) -> None:
+    """Whatever else is below keys/, or looks like a number, is none."""
+    assert _version_of(cast("Any", SimpleNamespace(name=name))) == version
+
+
+@pytest.mark.fault("K9")
+async def test_k9_a_key_set_that_was_deleted_ends_the_chain(fleet: Fleet) -> None:
+    """A tombstone is none: it is followed by nobody, and nobody is warned in each round."""
+    thread = FolderThread("test")
+    await fleet.push("one")
+    assert fleet.trust is not None
+    keys = KeySets(fleet.bucket, time.time)
+    for _ in range(2):
+        await keys.change(fleet.trust, KeyChange(add=(Signer(generate()[0]).public,)), [fleet.signer])
+    await fleet.bucket.delete(keys_name(2), expected_seq=None, metadata={})
+    guard = Guard(fleet.bucket, HEAD, fleet.trust, TrustNote(None), thread, lambda: fleet.now)
+    with capture_logs() as logs:
+        guard.begin(await fleet.bucket.state())
+        await guard.follow()
+    assert [(line["event"], line["version"]) for line in logs] == [("keys_changed", 1)]
+    await thread.close(lambda: None)
+
+
+@pytest.mark.fault("K1", "K9")
+async def test_k9_what_is_kept_here_is_judged_by_what_is_known_of_keys(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a server, by the key sets that it has now; without one, by what was followed, noted or configured."""
+    thread = FolderThread("test")
+    await fleet.push("one")
+    kept = await TreeReader(fleet.bucket).generation(1)
+    assert kept is not None
+    fleet.trust = Trust(frozenset({fleet.signer.public, fleet.other.public}), 1)
+    note = TrustNote(fleet.tmp / TRUST_FILE)
+
+    async def judge(guard: Guard) -> bool:
+        try:
+            await guard.judge_kept(kept.record, kept.signatures)
+        except Untrusted:
+            return False
+        return True
+
+    def guard(note: TrustNote) -> Guard:
+        return Guard(fleet.bucket, HEAD, fleet.trust, note, thread, lambda: fleet.now)
+
+    async def away(*_: Any) -> None:
+        raise Unavailable("the server is away")
+
+    running, unnoted = guard(note), guard(TrustNote(None))
+    for one in (running, unnoted):
+        one.begin(await fleet.bucket.state())
+        assert await judge(one)
+    change = KeyChange(drop=(fleet.signer.public,))
+    await KeySets(fleet.bucket, time.time).change(fleet.trust, change, [fleet.other])
+    for one in (running, unnoted):
+        assert await judge(one), "once in a round is enough"
+        one.begin(await fleet.bucket.state())
+        assert not await judge(one)
+    assert not await judge(guard(TrustNote(None))), "at a start, before any round"
+    monkeypatch.setattr(MemoryBucket, "get_info", away)
+    assert not await judge(running)
+    assert not await judge(unnoted)
+    assert not await judge(guard(note))
+    assert await judge(guard(TrustNote(None))), "nothing was noted: the configuration counts"
+    with pytest.raises(Untrusted):
+        await guard(TrustNote(None)).judge_kept(kept.record, "")
+    await thread.close(lambda: None)
 
 
 async def test_signatures_are_beside_the_record_and_the_move(fleet: Fleet) -> None:
@@ -365,6 +599,45 @@ async def test_k11_the_same_process_does_not_believe_before_it_wrote(fleet: Flee
     await thread.close(lambda: None)
 
 
+@pytest.mark.fault("K11", "C2")
+def test_k11_the_note_is_durable_before_anything_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sync is looked at: the draft's, with all bytes written, before its rename; the directory's after that."""
+    note, state = tmp_path / TRUST_FILE, TrustNote(tmp_path / TRUST_FILE)
+    synced: list[tuple[str, str]] = []
+    descriptors: list[int] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        synced.append((path.name, (note if path == tmp_path else path).read_text()))
+        descriptors.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for count in (1, 2):
+        state.save(Trust(frozenset({Signer(generate()[0]).public}), 1), {})
+        text = note.read_text()
+        assert json.loads(text)["step"] == count
+        assert synced == [(f".{TRUST_FILE}.new", text), (tmp_path.name, text)]
+        synced.clear()
+    assert descriptors[:2] == descriptors[2:], "one was left open"
+
+
+@pytest.mark.fault("K11", "C6")
+@pytest.mark.parametrize("step", [-1, True, 1.5, "2", None, []], ids=str)
+def test_k11_a_note_that_counts_otherwise_is_damaged(tmp_path: Path, step: Any) -> None:
+    """How often it was written is no number: which of note and copy is newer could not be told."""
+    note = tmp_path / TRUST_FILE
+    TrustNote(note).save(Trust(frozenset({Signer(generate()[0]).public}), 1), {})
+    fields = json.loads(note.read_text())
+    note.write_text(json.dumps(fields | {"step": step}))
+    with pytest.raises(Untrusted, match="cannot be read"):
+        TrustNote(note).load()
+    note.write_text(json.dumps(fields | {"step": 0}))
+    trust, seen = TrustNote(note).load()
+    assert (trust is not None, seen) == (True, {})
+
+
 @pytest.mark.fault("K1")
 async def test_k1_a_folder_without_signatures_is_no_way_around(fleet: Fleet) -> None:
     """Whoever may write to the bucket gives it the objects layout, where nothing is signed: nobody follows."""
@@ -397,3 +670,19 @@ async def test_k2_the_publisher_lends_no_signature_to_a_thief(fleet: Fleet) -> N
     assert fleet.has() == "two"
     await fleet.push("three")
     assert ((await fleet.pull()).generation, fleet.has()) == (3, "three")
+
+
+@pytest.mark.fault("K11")
+def test_a_trust_note_and_a_copy_of_one_step_that_differ_are_damage(tmp_path: Path) -> None:
+    """One bit of the highest number in trust.json flips on the disk; the copy in the index is as it was written."""
+    index = Index(None)
+    file = tmp_path / "trust.json"
+    trust = Trust(frozenset({Signer(generate()[0]).public}), 1)
+    TrustNote(file, index).save(trust, {"head": replace(Seen(), highest=7, record="0" * 64, signed_by=("U",))})
+    text = file.read_text()
+    file.write_text(text.replace('"highest": 7', '"highest": 3'))  # 0x37 -> 0x33
+    try:
+        with pytest.raises(Untrusted):
+            TrustNote(file, index).load()
+    finally:
+        index.close()

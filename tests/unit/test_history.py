@@ -176,7 +176,10 @@ def test_diff_prints_a_line_per_path_in_path_order(shell: Shell) -> None:
 
 @pytest.mark.fault("K1")
 def test_diff_names_the_digests_of_what_it_shows(shell: Shell) -> None:
-    """Of both records; where a channel is asked for, of its move, too, but only if that leads there."""
+    """Channels are forged: one with `{` as its move, one with another channel's move to another generation.
+
+    `syncd diff` names records, their signers, and a move's digest only where that move leads there.
+    """
     bucket_with(shell.store, FIRST, SECOND)
     bucket = shell.store.bucket("app")
     signer = Signer(generate()[0])

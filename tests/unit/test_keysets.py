@@ -55,7 +55,10 @@ def add(*signers: Signer, drop: tuple[Signer, ...] = (), threshold: int = 0, why
 
 @pytest.mark.fault("K9")
 async def test_keys_are_replaced_by_those_before(bucket: MemoryBucket, signers: list[Signer]) -> None:
-    """A new key by the old one's word, then the old one goes by the new one's; it signs nothing any more."""
+    """A new key comes in by the old one's signature; then the old one is dropped by the new one's.
+
+    Hosts follow both; a change that the dropped key signs is refused.
+    """
     one, two, three = signers[:3]
     sets = KeySets(bucket, lambda: NOW)
     configured = trust_of(one)
@@ -85,7 +88,10 @@ async def test_keys_are_replaced_by_those_before(bucket: MemoryBucket, signers: 
 
 @pytest.mark.fault("K8")
 async def test_a_key_set_waits_for_its_signatures(bucket: MemoryBucket, signers: list[Signer]) -> None:
-    """One of two holders writes it, the other adds theirs; until then nobody follows it."""
+    """Two of two have to sign: one holder writes a key set and signs it twice, later the other signs.
+
+    Hosts follow it only after the other one's signature.
+    """
     one, two, three = signers[:3]
     configured = trust_of(one, two, threshold=2)
     sets = KeySets(bucket, lambda: NOW)
@@ -104,7 +110,10 @@ async def test_a_key_set_waits_for_its_signatures(bucket: MemoryBucket, signers:
 async def test_of_two_who_change_keys_the_second_is_told(
     bucket: MemoryBucket, signers: list[Signer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the same moment, and later, while the first one's waits; then only on purpose."""
+    """Two holders write key set 1 at the same moment; later the second tries again while the first one's waits.
+
+    Both times the second gets WriteConflict; only on purpose (`instead`) the second one's takes its place.
+    """
     one, two, three, four = signers[:4]
     configured = trust_of(one, two, threshold=2)
     sets = KeySets(bucket, lambda: NOW)
@@ -138,7 +147,10 @@ async def test_a_forged_chain_of_keys_is_not_gone_on_from(bucket: MemoryBucket, 
 
 @pytest.mark.fault("K5 K7")
 async def test_a_key_set_that_follows_another_one_is_not_signed(bucket: MemoryBucket, signers: list[Signer]) -> None:
-    """Or is another folder's."""
+    """As key set 2 one is planted with another parent, folder or version, or the first one once more.
+
+    It is not handed out to be signed: ObjectCorrupt.
+    """
     one, two = signers[:2]
     sets = KeySets(bucket, lambda: NOW)
     await sets.change(trust_of(one), add(two), [one])

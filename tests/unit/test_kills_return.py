@@ -43,7 +43,9 @@ BOTH_WAYS: dict[Mode, set[str]] = {
 CHECKED: Final = {"release_building:2", "release_removing:2"}
 """In a mirror, too: the tree that is shown to the check hook."""
 ALWAYS: Final = {"generation_applied", "remembered", "hooks_begun", "hook_ended"}
-AFTER_APPLY: Final = {"generation_applied", "remembered", "hooks_begun", "hook_ended", "hooks_done", "release_switched"}
+AFTER_APPLY: Final = {
+    *("generation_applied", "remembered", "hooks_begun", "hook_ended", "hooks_done", "refused", "release_switched"),
+}
 
 
 def bad(number: int) -> Tree:
@@ -169,16 +171,16 @@ def forks(tmp_path: Path) -> Iterator[Forks]:
 
 
 @pytest.mark.timeout(0 if ALL else 120)
-@pytest.mark.fault("C1 R1 R2")
+@pytest.mark.fault("C1 C3 R1 R2")
 @pytest.mark.parametrize("fails", ["apply", "health"])
 @pytest.mark.parametrize("mode", ["mirror", "release"])
 def test_a_kill_on_the_way_back_ends_at_the_generation_before(
     mode: Mode, fails: str, tmp_path: Path, forks: Forks, record_property: Any
 ) -> None:
-    """Wherever: never a mixed release, and the hooks of the return run, if only by the next start."""
+    """SIGKILL at each point, on the way there and back: nothing mixed, and the next start runs the return's hooks."""
     host = Host(tmp_path, forks, mode, fails)
     passed: dict[str, int] = {}
-    for point in points("subscriber", "generations", mode):
+    for point in [*points("subscriber", "generations", mode), *points("returner", "generations", mode)]:
         if fails == "health" and point.name not in AFTER_APPLY:
             continue  # the same as with apply
         for passage in steps():
@@ -190,6 +192,7 @@ def test_a_kill_on_the_way_back_ends_at_the_generation_before(
     print(passed)
     record_property("fault_runs", host.kills)
     assert all(passed.get(name, 0) >= 2 for name in ALWAYS), passed
+    assert passed["refused"]
     if fails == "apply":
         assert all(passed.get(name, 0) >= 2 for name in BOTH_WAYS[mode]), passed
     assert host.pull().error == "Held"

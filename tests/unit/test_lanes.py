@@ -89,7 +89,10 @@ def test_silence_is_probed_with_the_oldest_message_alone(bench: Bench) -> None:
 
 @pytest.mark.fault("N4")
 def test_a_slow_link_is_given_time(bench: Bench) -> None:
-    """Sending a chunk twice that is still on its way makes a slow link slower."""
+    """A message stays unacknowledged on a slow link, on a clock that the test turns.
+
+    It is sent again only after the long wait, and only once the send buffer has drained.
+    """
     bench.new(1)
     assert bench.step(SLOW_RESEND_SECONDS - 0.1, quick=False).send == []
     assert bench.step(0.2, quick=False, drained=False).send == []
@@ -120,7 +123,10 @@ def test_silence_ends_everything_in_bounded_time(bench: Bench) -> None:
 
 @pytest.mark.fault("N4")
 def test_a_draining_buffer_is_a_sign_of_life(bench: Bench) -> None:
-    """On a slow link nothing is acknowledged for long, and yet it moves."""
+    """For 100 s a message stays unacknowledged while its lane is heard of and the buffer still drains.
+
+    It is not given up.
+    """
     out = bench.new(1)
     for _ in range(100):
         bench.lane.heard(bench.now)

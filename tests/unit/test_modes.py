@@ -47,7 +47,10 @@ def folder(mode: int) -> Entry:
 )
 @pytest.mark.fault("M1")
 def test_each_kind_gets_its_mode(policy: dict[str, object], entry: Entry, mode: int) -> None:
-    """The rules of the module, row by row; all but the mode stays."""
+    """Files and directories with set-id, sticky, tight and wide modes go through each policy of modes.
+
+    They get the mode of their row in the table, and all but the mode stays.
+    """
     assert ModePolicy(**policy).apply(entry) == entry._replace(mode=mode)
 
 

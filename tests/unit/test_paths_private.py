@@ -38,7 +38,10 @@ OTHERS = [".syncdignore", "syncd", "a.syncd", ".syncd2/x", ".syncd.d", "a/.syncd
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.fault("P6")
 def test_the_private_name_is_refused_wherever_it_stands(name: str) -> None:
-    """In any directory, in any case, with characters that nobody sees: a filesystem may make no difference."""
+    """`.syncd` is put anywhere into a path, in any case, with invisible or look-alike characters.
+
+    It is refused as a path and left out by the rules: a filesystem may make no difference.
+    """
     assert is_private(name)
     assert not is_usable(name)
     with pytest.raises(BadName, match="reserved"):
@@ -56,6 +59,10 @@ def test_names_that_only_look_like_it_are_anybodys(name: str) -> None:
 @pytest.mark.parametrize("name", ["inner/.syncd", "inner/.Syncd"])
 @pytest.mark.fault("P6")
 def test_a_source_keeps_the_private_directory_of_a_mirror_within_it_to_itself(tmp_path: Path, name: str) -> None:
+    """Below the source lies a mirror, with a journal and a stage in its `.syncd` or `.Syncd`.
+
+    A scan finds the mirror and its file, and nothing of the private directory.
+    """
     (tmp_path / name / "stage").mkdir(parents=True)
     (tmp_path / name / "journal").write_text("secret")
     (tmp_path / "inner/f").write_text("f")
@@ -66,7 +73,10 @@ def test_a_source_keeps_the_private_directory_of_a_mirror_within_it_to_itself(tm
 @pytest.mark.parametrize("name", [".syncd", ".Syncd"])
 @pytest.mark.fault("P6")
 async def test_nobody_writes_the_journal_of_a_mirror_within_his(tmp_path: Path, name: str) -> None:
-    """A mirror lies below another one, whose publisher sends a journal with what it is to do at its next start."""
+    """A mirror lies below another one, whose publisher sends a journal with what it is to do at its next start.
+
+    Nothing of it is written, and after its next start the inner mirror has what it had.
+    """
     inner = tmp_path / "outer/app"
     with Mirror.open(inner) as mirror:
         small.Keeper(mirror).go({"f": small.file("good")})
@@ -92,7 +102,10 @@ async def test_nobody_writes_the_journal_of_a_mirror_within_his(tmp_path: Path, 
 
 @pytest.mark.fault("P6")
 def test_a_mirror_within_this_one_stays_whatever_is_extraneous(tmp_path: Path) -> None:
-    """It is recognised by its private directory, in which nobody looks for anything else."""
+    """Below a mirror lie directories that hold `.syncd` or `.Syncd`, as other mirrors do, and one that does not.
+
+    Only the latter and its file are extraneous, and no private directory is walked.
+    """
     kept = Mirrored(tmp_path / "m", {"f": small.file("f")})
     for name in ("inner/.syncd/stage", "other/.Syncd", "mine"):
         (kept.root / name).mkdir(parents=True)
@@ -106,7 +119,10 @@ def test_a_mirror_within_this_one_stays_whatever_is_extraneous(tmp_path: Path) -
 
 @pytest.mark.fault("P6")
 def test_what_an_older_version_kept_under_the_name_is_forgotten(tmp_path: Path) -> None:
-    """The index of a mirror that has such a path: it is not looked at, not removed, and the rest is checked."""
+    """A mirror's index is given a row for `a/.syncd/journal`, as older versions did, and another file is changed.
+
+    The row is forgotten, the journal stays on disk, and the changed file is found.
+    """
     kept = Mirrored(tmp_path / "m", {"f": small.file("f"), "g": small.file("g")})
     (kept.root / "a/.syncd").mkdir(parents=True)
     (kept.root / "a/.syncd/journal").write_text("old")

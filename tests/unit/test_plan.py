@@ -80,7 +80,10 @@ def test_what_a_publisher_does_about_one_path(
 def test_a_publisher_is_held_above_its_limit_and_always_at_everything(
     deletes: int, published: int, limit: float, held: bool
 ) -> None:
-    """The reason is empty exactly when the plan may go on."""
+    """Publish plans would delete nothing, half, more than half or all of what is published (numbers alone).
+
+    They are held above the limit, and at everything whatever the limit.
+    """
     assert bool(publish_halt(deletes, published, limit)) is held
 
 
@@ -101,7 +104,10 @@ def test_a_publisher_is_held_above_its_limit_and_always_at_everything(
 def test_a_mirror_is_not_emptied_unless_a_person_allowed_every_removal(
     removes: int, mirrored: int, adds: int, allowed: int, unexplained: int, held: bool
 ) -> None:
-    """The reason is empty exactly when the plan may go on."""
+    """Mirror plans would remove some or all paths, allowed or not, explained or not (numbers alone).
+
+    Held is what removes all, adds nothing and is not allowed in full, and what lost over half without a trace.
+    """
     assert bool(mirror_halt(removes, mirrored, adds, allowed=allowed, unexplained=unexplained)) is held
 
 
@@ -237,7 +243,10 @@ PLANS: list[tuple[str, Sequence[Difference], Sequence[DirMeta], MirrorPlan]] = [
 def test_a_batch_is_planned_in_an_order_that_works(
     rows: Sequence[Difference], dirs: Sequence[DirMeta], plan: MirrorPlan
 ) -> None:
-    """The same whatever the order of the differences."""
+    """Batches replace files, directories and symlinks by one another, or want a file above another path.
+
+    The plan is that of the table, forward and with the differences reversed.
+    """
     assert plan_mirror(rows, dirs) == plan
     assert plan_mirror(list(reversed(rows)), dirs) == plan
 

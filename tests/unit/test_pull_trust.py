@@ -57,18 +57,18 @@ class Host:
         )
         (self.tmp / "fleet.toml").write_text("\n".join(tables))
 
-    def publish(self, text: str, signer: Signer | None) -> None:
+    def publish(self, text: str, signer: Signer | None, *, folder: str = "app") -> None:
         """A generation, by its publisher or, without a signer, by whoever may write to the bucket."""
         source = self.tmp / "source"
         source.mkdir(exist_ok=True)
         (source / "f").write_text(text)
-        options = PublishOptions("app", source, Rules(), "here:/source", signer=signer)
-        status = StatusKeeper(FolderStatus("publish", "app", "/"), clock=lambda: 0.0, report=lambda _: None)
-        asyncio.run(Publisher(options, self.store, self.tmp / "publish.db", status=status).push())
+        options = PublishOptions(folder, source, Rules(), "here:/source", signer=signer)
+        status = StatusKeeper(FolderStatus("publish", folder, "/"), clock=lambda: 0.0, report=lambda _: None)
+        asyncio.run(Publisher(options, self.store, self.tmp / f"publish-{folder}.db", status=status).push())
         self._capture.readouterr()  # what it logs is not of the command
 
-    def pull(self, directory: Path | str, *options: str) -> tuple[int, str, str]:
-        arguments = ["pull", "app", str(directory), *options, "--config", str(self.tmp / "fleet.toml")]
+    def pull(self, directory: Path | str, *options: str, folder: str = "app") -> tuple[int, str, str]:
+        arguments = ["pull", folder, str(directory), *options, "--config", str(self.tmp / "fleet.toml")]
         code = command_line.run(arguments)
         out, err = (text.decode() for text in self._capture.readouterr())
         return code, out, err
@@ -185,6 +185,18 @@ def test_mirrors_that_trust_different_keys_keep_their_own(host: Host) -> None:
     assert text_of(Path("third")) == ""
     assert host.pull("third", "--trust", host.other.public)[::2] == (EXIT_OK, "")
     assert text_of(Path("third")) == "text"
+
+
+@pytest.mark.fault("K1 K5")
+def test_a_mirror_of_one_folder_is_none_of_another(host: Host) -> None:
+    """Another folder is pulled into a mirror's directory: neither the mirror's folder nor its keys are meant."""
+    host.configure((host.mirror, host.signer))
+    host.publish("of lib", host.other, folder="lib")
+    code, _, err = host.pull("link", "--trust", host.signer.public, folder="lib")
+    assert (code, "0 good signatures" in err) == (EXIT_NOPERM, True)
+    assert host.pull("link", "--trust", host.other.public, folder="lib")[::2] == (EXIT_OK, "")
+    assert text_of(host.mirror) == "of lib"
+    assert host.states() == []
 
 
 @pytest.mark.fault("K1 K8")

@@ -140,7 +140,10 @@ def test_a_build_that_fails_leaves_what_was_saved_before(index: Index, tables: R
 def test_a_file_that_is_no_use_is_refused_and_the_index_is_as_it_was(
     index: Index, tables: ReleaseTables, file: Path, damage: str
 ) -> None:
-    """It is never taken for damage of the index itself."""
+    """The tables saved beside a release are missing, empty, text, cut, halved, a directory or another database.
+
+    They are not loaded; the index is as it was and is not taken for damaged.
+    """
     tables.save(file)
     whole = file.read_bytes()
     spoil(index)
@@ -169,7 +172,10 @@ def test_a_file_that_is_no_use_is_refused_and_the_index_is_as_it_was(
 
 @pytest.mark.fault("C6")
 def test_a_flipped_byte_is_found_or_does_not_matter(index: Index, tables: ReleaseTables, file: Path) -> None:
-    """What is loaded is what was saved, or nothing is."""
+    """One bit of the tables saved beside a release is flipped at random, fifty times.
+
+    What is loaded is what was saved, or nothing is.
+    """
     tables.save(file, notes={"target": "seven"})
     saved, whole = content(index), file.read_bytes()
     spoil(index)
@@ -225,7 +231,10 @@ def test_every_row_and_note_counts(index: Index, tables: ReleaseTables, file: Pa
 def test_a_disk_that_refuses_is_reported_and_saves_nothing(
     tables: ReleaseTables, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No room, no directory: a DiskProblem, not SQLite's words."""
+    """Saving a release's tables fails with ENOSPC at its sync, then because a plain file is in the way.
+
+    Both end with DiskProblem; what was saved before stays, and no part is left.
+    """
 
     def fail(_: object) -> None:
         raise OSError(28, "No space left on device")

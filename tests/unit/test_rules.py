@@ -260,7 +260,10 @@ def test_no_directory_that_holds_something_is_skipped(include: list[str], exclud
     ids=lambda value: str(value)[:12],
 )
 def test_no_pattern_takes_for_ever(pattern: str, path: str, excluded: bool) -> None:
-    """Stars are not tried in all ways, neither those within a name nor those between names."""
+    """Ignore patterns of up to 200 stars are asked about long paths that almost match.
+
+    The right answer comes within the test's time: stars are not tried in all ways.
+    """
     rules = Rules().with_ignore_file("", pattern)
     assert rules.takes(path, is_dir=False) is not excluded
     assert rules.takes("free", is_dir=False)
@@ -268,7 +271,10 @@ def test_no_pattern_takes_for_ever(pattern: str, path: str, excluded: bool) -> N
 
 @pytest.mark.fault("O5")
 def test_a_path_of_a_thousand_directories_is_judged() -> None:
-    """As deep as a path may be, from the wire, with a rule that has nothing to do with it."""
+    """A path of 1,400 directories, as it may come from the wire, is asked about under including and excluding rules.
+
+    Each answer is right, and none ends in an error.
+    """
     path = "/".join("d" * 1400)
     rules = Rules(["d/"], ["x"])
     assert rules.takes(path, is_dir=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import traceback
+from types import SimpleNamespace
+from typing import Any
 
 import nkeys
 import pytest
@@ -95,7 +97,10 @@ BAD_SEEDS = {
 @pytest.mark.fault("K8 K14")
 @pytest.mark.parametrize("seed", BAD_SEEDS.values(), ids=BAD_SEEDS)
 def test_what_is_no_seed_of_a_user_makes_no_signer(seed: str) -> None:
-    """A seed with a typo is no other key. The error does not hold what was given, nor does its traceback."""
+    """A signer is made of a seed that is mistyped, cut, in lower case, too long, an account's, a public key or nothing.
+
+    It is refused, and neither the error nor its traceback holds what was given.
+    """
     with pytest.raises(ValueError, match="seed of a user nkey") as caught:
         Signer(seed)
     told = "".join(traceback.format_exception(caught.value))
@@ -105,7 +110,10 @@ def test_what_is_no_seed_of_a_user_makes_no_signer(seed: str) -> None:
 
 @pytest.mark.fault("K14")
 def test_a_signer_shows_its_public_key_only() -> None:
-    """In repr, str, and within others."""
+    """A signer is turned into text by repr, str and format, within a list, and by the repr of its signature.
+
+    The public key is shown, and no form of the seed.
+    """
     one = Signer(SEED)
     secrets = (SEED, SEED[2:], bytes([9]).hex() * 32, repr(bytes([9]) * 32))
     for text in (repr(one), str(one), f"{one!r:>100}", repr([one]), repr(one.sign(b"x"))):
@@ -139,7 +147,10 @@ BAD_PUBLICS = {
 @pytest.mark.fault("K8")
 @pytest.mark.parametrize("text", BAD_PUBLICS.values(), ids=BAD_PUBLICS)
 def test_k8_what_is_no_public_key_of_a_user_is_refused(text: str) -> None:
-    """As a key, and in a list of signatures; as a trusted key it is never counted."""
+    """Keys are cut, mistyped, of other kinds or lengths, a seed, or points that anybody can sign for.
+
+    None is taken as a key or in a list of signatures, and as a trusted key none is ever counted.
+    """
     assert not is_public(text)
     forged = Signature(text, b"\1" + bytes(63))
     assert signers(STATEMENT, [forged, Signature(text, ANNA.sign(STATEMENT).sig)], {text}) == frozenset()
@@ -175,7 +186,10 @@ def test_k1_a_signature_is_good_for_its_statement_only() -> None:
 
 @pytest.mark.fault("K8")
 def test_k8_one_key_counts_once() -> None:
-    """However often it signed, whatever its other signatures are worth."""
+    """One key's good signature is given three times, beside a bad one of the same key.
+
+    The key counts once.
+    """
     good, bad = ANNA.sign(STATEMENT), ANNA.sign(b"something else")
     assert signers(STATEMENT, [good, good, bad, good], {ANNA.public, BOB.public}) == {ANNA.public}
 
@@ -183,12 +197,19 @@ def test_k8_one_key_counts_once() -> None:
 @pytest.mark.fault("K8")
 @pytest.mark.parametrize("sig", [b"", b"\0", bytes(64), bytes(63), ANNA.sign(STATEMENT).sig[:63], bytes(65)])
 def test_k8_an_empty_or_short_signature_never_counts(sig: bytes) -> None:
+    """A trusted key's signature is empty, one byte, all zeros, or a byte too short or too long.
+
+    It never counts.
+    """
     assert signers(STATEMENT, [Signature(ANNA.public, sig)], {ANNA.public}) == frozenset()
 
 
 @pytest.mark.fault("K8")
 def test_k8_a_signature_has_no_second_form() -> None:
-    """S + L is the same number to sloppy readers (RFC 8032, 5.1.7)."""
+    """The group's order is added to the S of a good signature, the same number to sloppy readers (RFC 8032, 5.1.7).
+
+    It does not count.
+    """
     order = (1 << 252) + 27742317777372353535851937790883648493
     good = ANNA.sign(STATEMENT).sig
     other = good[:32] + (int.from_bytes(good[32:], "little") + order).to_bytes(32, "little")
@@ -285,7 +306,10 @@ REFUSED = {
 @pytest.mark.fault("K8 K10")
 @pytest.mark.parametrize("text", REFUSED.values(), ids=REFUSED)
 def test_k10_a_list_of_signatures_has_one_form(text: str) -> None:
-    """Anything odd is refused, as what is damaged is."""
+    """A list of signatures is no list, has other fields, blanks, escapes, bad base64, a key twice or out of order.
+
+    It is refused, as what is damaged is.
+    """
     with pytest.raises(BadSignatures) as caught:
         decode_signatures(text)
     assert isinstance(caught.value, ObjectCorrupt)
@@ -293,9 +317,23 @@ def test_k10_a_list_of_signatures_has_one_form(text: str) -> None:
 
 
 @pytest.mark.fault("K10")
-def test_k10_a_long_text_is_not_even_parsed() -> None:
+def test_k10_a_long_text_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,097 opening brackets are given as a list of signatures, and one less, which a parser gets to see.
+
+    They are refused for their length, and not one of them is parsed; one less is refused as no JSON.
+    """
+    parsed: list[int] = []
+
+    def loads(text: str) -> Any:
+        parsed.append(len(text))
+        return json.loads(text)
+
+    monkeypatch.setattr("syncd.signatures.json", SimpleNamespace(loads=loads))
     with pytest.raises(BadSignatures, match="signatures of 4097 characters"):
         decode_signatures("[" * 4097)
+    with pytest.raises(BadSignatures, match="not JSON"):
+        decode_signatures("[" * 4096)
+    assert parsed == [4096]
 
 
 def test_the_refusals_are_refused_for_one_reason_only() -> None:

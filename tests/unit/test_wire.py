@@ -23,6 +23,7 @@ from syncd.store.base import (
     digest_to_hex,
     hex_to_digest,
 )
+from tests.unit.test_bounds import peak
 
 NOW = 1_763_681_271_138_292_000
 SHA = "12e1b9b17cb29a6a3d7bdd8b1857b1ef54a5f6ee6c4a8e9ad1d011b1b7a3f1aa"
@@ -113,11 +114,14 @@ def test_a_link_is_read_back(name: str, target: str | None, metadata: dict[str, 
     assert (info.link, info.metadata, info.deleted) == (link, metadata or {}, False)
 
 
-@pytest.mark.fault("O1 O5 P2")
+@pytest.mark.fault("O1 O5")
 @settings(max_examples=500)
 @given(st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_read_or_refused(payload: bytes) -> None:
-    """Nothing but the one verdict comes out of the decoder, whatever goes in."""
+    """Random bytes and random JSON are read as an object's metadata message.
+
+    Each is an object or bad metadata; nothing else comes out.
+    """
     assert isinstance(read(payload), ObjectInfo | BadMeta)
 
 
@@ -125,7 +129,10 @@ def test_any_bytes_are_read_or_refused(payload: bytes) -> None:
 @settings(max_examples=500)
 @given(st.dictionaries(fields, json_values, max_size=4), object_names)
 def test_any_value_in_any_field_is_read_or_refused(changes: dict[str, Any], name: str) -> None:
-    """Every field takes its type and range or the message is bad; what is read has the annotated types."""
+    """Up to four fields of a good metadata message are replaced by random JSON values.
+
+    The message is bad, or all that is read has its type and range.
+    """
     info = read(changed(**changes), name)
     if isinstance(info, ObjectInfo):
         assert all(isinstance(value, str) for value in (info.name, info.nuid, info.digest, info.description))
@@ -338,7 +345,19 @@ def test_the_decoder_names_its_reason() -> None:
 
 @pytest.mark.fault("O5")
 def test_metadata_larger_than_any_servers_default_is_refused_unread() -> None:
-    """Nested lists take twenty times their size once they are read."""
-    payload = b'{"name":"n","z":[' + b"[]," * (wire.MAX_META_BYTES // 3) + b"[]]}"
-    with pytest.raises(ObjectCorrupt, match="bytes of metadata"):
+    """A metadata message of nested lists is larger than the limit; once read it would take twenty times its size.
+
+    It is refused for its size, and nothing of it is read: not even a hundredth of it is allocated.
+    """
+    payload = b'{"name":"n","z":[' + b"[]," * (wire.MAX_READ_META_BYTES // 3) + b"[]]}"
+    with peak() as found, pytest.raises(ObjectCorrupt, match="bytes of metadata"):
         wire.decode_info("B", "$O.B.M.bg==", payload, {}, seq=1, time_ns=0)
+    assert found[0] < len(payload) // 100
+
+
+@pytest.mark.fault("O5")
+def test_metadata_leaves_room_for_the_headers_of_its_message() -> None:
+    """An object's metadata is between max_payload less 4 KiB, which headers need, and max_payload: refused unsent."""
+    meta = ObjectMeta("n", metadata={"k": "x" * (1024 * 1024 - 1024)})
+    with pytest.raises(StoreRejected):
+        wire.encode_put("app", meta, Stored("n", 0, 0, "", ""), nuid="n", now_ns=0)
