@@ -325,7 +325,10 @@ class Bench:
 def test_the_matrix_of_kills(
     who: str, where: Layout, mode: Mode, tmp_path: Path, nats_server: NatsServer, record_property: Any
 ) -> None:
-    """Whoever is killed, wherever: nothing mixed, nothing lost, no litter, and the next start goes on."""
+    """Subscriber, publisher or collector is killed (SIGKILL) at each passage of each named point, then at random.
+
+    Both layouts, both modes: nothing mixed, nothing lost, no litter, and the next start goes on.
+    """
     print(f"SYNCD_TEST_SEED={SEED}")
     forks = Forks(tmp_path / "forks")
     try:
@@ -356,7 +359,10 @@ def test_the_matrix_of_kills(
 async def test_what_was_applied_and_not_remembered_is_still_known_as_ours(
     point: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer
 ) -> None:
-    """Deleted upstream while the killed subscriber was down, it goes from the mirror too, and nothing else does."""
+    """A subscriber is killed (SIGKILL) with new paths applied and not yet in its index, and these are deleted upstream.
+
+    Its next start removes them from the mirror, and not a file that somebody else put there.
+    """
     source, mirror = tmp_path / "source", tmp_path / "mirror"
     (source / "d").mkdir(parents=True)
     (source / "keep").write_text("k")
@@ -384,7 +390,10 @@ async def test_what_was_applied_and_not_remembered_is_still_known_as_ours(
 async def test_a_publisher_killed_in_its_first_round_begins_where_it_was(
     layout: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer
 ) -> None:
-    """Killed at every metadata write in turn, each start gets further; then the trees are equal."""
+    """A publisher of 1,200 files is killed (SIGKILL) at a metadata write or before its commit, in each of three starts.
+
+    The fourth completes it, and the trees are equal.
+    """
     source, mirror = tmp_path / "source", tmp_path / "mirror"
     source.mkdir()
     for number in range(1200):
@@ -443,7 +452,10 @@ async def kill_at_random(victims: dict[str, Daemon | NatsServer], kills: int, ch
 async def test_killed_at_random_moments_while_the_tree_changes(
     tmp_path: Path, daemons: Daemons, nats_server: NatsServer
 ) -> None:
-    """Each role alone, then all at once: after each series it is quiet, the trees become equal, nothing is left."""
+    """Publisher, subscriber and server are killed (SIGKILL) at random moments, each alone, then all at once.
+
+    The tree changes all the time; after each series all is equal, and nothing is left over.
+    """
     print(f"SYNCD_TEST_SEED={SEED}")
     chance = random.Random(SEED)
     source, mirror, fresh = tmp_path / "source", tmp_path / "mirror", tmp_path / "fresh"
@@ -471,7 +483,10 @@ async def test_killed_at_random_moments_while_the_tree_changes(
 async def test_sigterm_at_random_moments_ends_within_five_seconds(
     tmp_path: Path, daemons: Daemons, nats_server: NatsServer
 ) -> None:
-    """Ten times, at start, in a first sync, in mid-upload: exit code 0, and what was interrupted is taken up again."""
+    """A daemon gets SIGTERM ten times, within a second of its start: in a first sync, in mid-upload of 20 MB files.
+
+    Each time it ends within five seconds with exit code 0; what was interrupted is taken up again.
+    """
     print(f"SYNCD_TEST_SEED={SEED}")
     chance = random.Random(f"{SEED}-sigterm")
     source, mirror = tmp_path / "source", tmp_path / "mirror"

@@ -218,7 +218,10 @@ def careless(root: Path, *, content: bool, name: bool) -> None:
 def test_the_model_loses_what_was_not_synced_and_nothing_else(
     tmp_path: Path, content: bool, name: bool, possible: set[bytes]
 ) -> None:
-    """A file that is replaced: zero-length, torn, zeros, old or new, as far as its syncs leave it open."""
+    """A file is replaced with or without its two syncs; of the recorded calls the unsynced ones are lost.
+
+    It may then be old, empty, torn, zeros or new, exactly as far as its syncs leave that open.
+    """
     (tmp_path / "file").write_bytes(b"old")
     with Recorder(tmp_path) as recorder:
         careless(tmp_path, content=content, name=name)
@@ -253,7 +256,10 @@ def test_what_the_recorder_misses_is_found_out(tmp_path: Path) -> None:
 def test_a_power_cut_after_any_call_leaves_the_old_tree_or_the_new_one(
     tmp_path: Path, record_property: Callable[[str, object], None], drift: str
 ) -> None:
-    """Two batches are recorded; after each system call everything that is not synced is lost, in every combination."""
+    """Two batches are recorded; after each system call what is not synced is lost: all, each alone, or some at random.
+
+    No file is torn; after recovery the tree is the old or the new one, without litter.
+    """
     recording = recorded(tmp_path, *TREES, drift=drift)
     crashes = 0
     for crash in recording.crashes(seed=SEED, samples=SAMPLES):
@@ -267,7 +273,10 @@ def test_a_power_cut_after_any_call_leaves_the_old_tree_or_the_new_one(
 @pytest.mark.slow
 @pytest.mark.fault("C2")
 def test_every_sync_of_a_commit_is_needed(tmp_path: Path) -> None:
-    """With any of the four taken out of the recording, the check finds a power cut that leaves a mixture."""
+    """One of a commit's first four syncs is taken out of its recording, and the power is cut after each call.
+
+    For each of the four the check finds a cut that leaves a mixture; with all of them it finds none.
+    """
     recording = recorded(tmp_path, OLD, NEW)
     assert [recording.ops[position].word for position in recording.syncs()] == [
         "syncfs",  # staged content
@@ -287,7 +296,10 @@ def test_every_sync_of_a_commit_is_needed(tmp_path: Path) -> None:
 def test_a_power_cut_during_recovery_is_recovered_from(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """The recovery of a batch is recorded in its turn, and cut off after each of its system calls."""
+    """Two power cuts leave a journal; the recovery is recorded in its turn, and cut off after each of its system calls.
+
+    A second recovery brings the new tree, without litter.
+    """
     first = recorded(tmp_path, OLD, NEW)
     journaled = [crash for crash in first.crashes(seed=SEED, samples=0) if commits(first, crash) > 0]
     crashes = 0
@@ -352,7 +364,10 @@ def broken_by(recording: Recording, crash: Crash, root: Path) -> list[str]:
 def test_a_power_cut_after_any_call_leaves_whole_releases_and_one_of_them_current(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Building, publishing, switching and removing: recorded, and cut off after each system call."""
+    """Building, switching and removing releases is recorded; after each system call what is not synced is lost.
+
+    Before and after recovery each release is whole, and the right one is current.
+    """
     recording = recorded_releases(tmp_path)
     crashes = 0
     for crash in recording.crashes(seed=SEED, samples=SAMPLES):
@@ -365,7 +380,10 @@ def test_a_power_cut_after_any_call_leaves_whole_releases_and_one_of_them_curren
 @pytest.mark.slow
 @pytest.mark.fault("C2")
 def test_every_sync_of_a_release_is_needed(tmp_path: Path) -> None:
-    """With any of them taken out, the check finds a power cut that breaks a release, or undoes what was switched."""
+    """A sync of build, name, switch or removal is taken out of a recording, then the power is cut after each call.
+
+    The check finds a cut that breaks a release, or undoes what was switched.
+    """
     recording = recorded_releases(tmp_path)
     syncs = recording.syncs()
     assert [recording.ops[position].word for position in syncs] == [
@@ -404,7 +422,10 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LossyDisk]:
 
 @pytest.mark.fault("C2")
 def test_a_stopped_filesystem_loses_what_was_not_synced(disk: LossyDisk) -> None:
-    """The rig drops names, and bytes below names that it keeps; what was synced is there."""
+    """A file is replaced on ext4 and xfs, which the kernel then shuts down (ioctl) and mounts anew.
+
+    Unsynced names and bytes are gone, synced ones are there: the rig really loses something.
+    """
     root = disk.root
     (root / "file").write_bytes(b"old")
     os.sync()
@@ -429,7 +450,10 @@ def test_a_stopped_filesystem_loses_what_was_not_synced(disk: LossyDisk) -> None
 def test_a_filesystem_that_is_stopped_in_a_commit_has_the_old_tree_or_the_new_one(
     disk: LossyDisk, tmp_path: Path, drift: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """A process dies at each named point, its filesystem is stopped that moment, mounted anew, and recovered."""
+    """A commit dies (SIGKILL) at a named point, its real filesystem is shut down by the kernel and mounted anew.
+
+    Each file is old or new; after recovery the tree is the old one, or the new one if the journal was durable.
+    """
     root, state = disk.root / "mirror", tmp_path / "state"
     with Mirror.open(root) as mirror:
         keeper = Stager(mirror)
@@ -474,7 +498,10 @@ RELEASE_POINTS = (
 def test_a_filesystem_that_is_stopped_has_whole_releases_and_one_of_them_current(
     disk: LossyDisk, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """As above, with releases built, published, switched to and removed."""
+    """A process dies (SIGKILL) building, switching or removing releases; the kernel shuts its filesystem down.
+
+    Mounted anew, each release is whole and one of them current, before recovery and after it, without litter.
+    """
     root, state = disk.root / "mirror", tmp_path / "state"
     with release.opened(root, keep=2, state=state / "index") as releaser:
         releaser.go(1, GENERATIONS[0])

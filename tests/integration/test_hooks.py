@@ -154,7 +154,10 @@ def test_placeholders_of_an_argv_can_be_asked_for():
     ],
 )
 async def test_p8_names_reach_a_hook_as_text(tmp_path, name):
-    """In arguments, in the environment and in the list of changes; none of it is ever shell text."""
+    """Names such as `$(touch pwned)`, `-rf` or one with a newline go to a real hook as argument and variable.
+
+    They come back as they were, also from the list of changes, and nothing of them was run as shell text.
+    """
     dir_fd = os.open(tmp_path, os.O_RDONLY)
     write_changed_file(dir_fd, "changes", [("M", name)])
     os.close(dir_fd)
@@ -186,7 +189,10 @@ ECHO_ENVIRONMENT = "import json, os; print(json.dumps(dict(os.environ)))"
 
 @pytest.mark.fault("K14")
 async def test_k14_a_hook_gets_its_own_environment_and_no_secret_of_ours(tmp_path, monkeypatch):
-    """Neither a password of the daemon's nor anything else that is not named in the documentation."""
+    """Our environment is given passwords, keys, LD_PRELOAD and PYTHONPATH; a real hook prints its own.
+
+    It has what the documentation names and nothing else.
+    """
     for key in list(os.environ):
         if key.startswith("LC_"):
             monkeypatch.delenv(key)
@@ -240,7 +246,10 @@ def test_no_program_is_looked_for_in_the_mirror(own, path):
 )
 @pytest.mark.fault("R1")
 async def test_a_program_in_the_working_directory_is_never_run(tmp_path, monkeypatch, named):
-    """Were that the mirror, it would be the publisher's: neither by name, nor by a relative path."""
+    """A program is planted in a hook's working directory, `.` leads PATH, and the hook names it bare or relatively.
+
+    It is not run; the outcome says that it is not there, or a relative path.
+    """
     monkeypatch.setenv("PATH", f".::{os.environ['PATH']}")
     for name in ("surprise", "bin/surprise", f"{tmp_path.name}/surprise"):
         program = tmp_path / name
@@ -263,7 +272,6 @@ async def test_a_program_of_a_tree_that_is_named_is_run(tmp_path):
         assert outcome.output == "ran in /"
 
 
-@pytest.mark.fault("R1")
 async def test_hooks_begin_in_a_directory_of_nobody(tmp_path):
     """What looks for code in its working directory (``python -m``) finds none that a publisher wrote."""
     assert (await run_hook(shell("pwd"), values={}, environ={})).output == "/"
@@ -339,13 +347,20 @@ async def test_a_good_hook_tells_code_output_and_time(tmp_path):
     ],
 )
 async def test_r1_a_hook_that_fails_or_is_killed(tmp_path, script, code, reason):
+    """A shell hook ends with exit code 3 or 127, or kills itself with SIGKILL, SIGTERM or signal 40.
+
+    The outcome names the code or signal and keeps what was printed.
+    """
     outcome = await run(shell(f"echo said; {script}"), tmp_path)
     assert outcome == HookOutcome("apply", False, code, False, "said", outcome.seconds, reason)
 
 
 @pytest.mark.fault("R1")
 async def test_r1_a_program_that_cannot_be_run_is_an_outcome(tmp_path):
-    """Not there, not executable, not a program, a missing interpreter, a directory, a NUL byte: each in words."""
+    """A hook names a program that is absent, not executable, no program, a directory, or holds a NUL byte.
+
+    Or its interpreter is missing, or an argument too long: each start fails with an outcome that says so in words.
+    """
     files = {"plain": "#!/bin/sh\n", "no_shebang": "echo hello\n", "bad_shebang": "#!/no/such/interpreter\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -389,7 +404,10 @@ async def test_without_descriptors_a_hook_fails_in_words(tmp_path):
 
 @pytest.mark.fault("R1")
 async def test_r1_a_hook_that_hangs_is_asked_first(tmp_path):
-    """It gets SIGTERM first, and what it says then is kept; 0 is no excuse."""
+    """A shell hook loops beyond its timeout of a second and answers SIGTERM with a word and exit code 0.
+
+    It has failed by its timeout all the same, and the word is kept.
+    """
     script = "trap 'echo asked; exit 0' TERM; echo begun; while :; do sleep 0.01; done"
     outcome = await run(shell(script, timeout=1), tmp_path)
     assert (outcome.ok, outcome.code, outcome.timed_out) == (False, 0, True)
@@ -400,6 +418,10 @@ async def test_r1_a_hook_that_hangs_is_asked_first(tmp_path):
 
 @pytest.mark.fault("R1")
 async def test_r1_a_hook_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
+    """A shell hook ignores SIGTERM, SIGHUP and SIGINT and sleeps beyond its timeout.
+
+    After its grace it is killed by SIGKILL, and nothing of it is alive.
+    """
     monkeypatch.setattr(hooks, "GRACE_SECONDS", 0.5)
     script = f"echo $$ > pid; trap '' TERM HUP INT; while :; do sleep {FOREVER}; done"
     outcome = await run(shell(script, timeout=1), tmp_path)
@@ -416,6 +438,10 @@ async def test_a_hook_that_stopped_itself_is_killed(tmp_path, monkeypatch):
 
 @pytest.mark.fault("R1")
 async def test_r1_a_hook_that_closes_its_output_and_sleeps_is_not_taken_for_done(tmp_path):
+    """A shell hook closes input and output and sleeps beyond its timeout.
+
+    It counts as timed out, not as done, and is ended.
+    """
     script = f"echo $$ > pid; echo said; exec >&- 2>&- <&-; exec sleep {FOREVER}"
     outcome = await run(shell(script, timeout=1), tmp_path)
     assert (outcome.ok, outcome.timed_out, outcome.output) == (False, True, "said")
@@ -441,7 +467,11 @@ FORKS = {
 
 @pytest.mark.fault("R1")
 async def test_r1_a_hung_hook_leaves_none_of_its_children(tmp_path, monkeypatch):
-    """Whether they forked twice, began a session of their own or cleared their environment; all kinds at once."""
+    """Eight hooks hang beyond their timeout, each with another kind of child.
+
+    Forked twice, in a session of its own, without environment, deaf to SIGTERM or under an odd name: none is alive
+    afterwards.
+    """
     monkeypatch.setattr(hooks, "GRACE_SECONDS", 0.5)
 
     async def hang(number: int, kind: str) -> str:
@@ -462,7 +492,10 @@ async def test_r1_a_hung_hook_leaves_none_of_its_children(tmp_path, monkeypatch)
 
 @pytest.mark.fault("R1")
 async def test_r1_children_that_left_the_group_are_asked_first_too(tmp_path):
-    """Everybody gets SIGTERM, and the same time."""
+    """A hook hangs beyond its timeout, and so does a child in a session of its own that answers SIGTERM.
+
+    The child gets SIGTERM too, and the time to write its farewell.
+    """
     script = """
         (setsid sh -c 'trap "echo bye > farewell; exit" TERM; echo $$ > pid1; while :; do sleep 0.01; done' &)
         while ! [ -s pid1 ]; do sleep 0.01; done
@@ -476,7 +509,10 @@ async def test_r1_children_that_left_the_group_are_asked_first_too(tmp_path):
 
 @pytest.mark.fault("R1")
 async def test_r1_a_hook_that_forks_without_end_is_ended(tmp_path, monkeypatch):
-    """Deaf, and each child in a session of its own: it is killed until nothing comes after."""
+    """A hook that ignores SIGTERM starts up to 150 children that do too, each in a session of its own.
+
+    At its timeout, in the midst of it, all are killed until nothing comes after.
+    """
     monkeypatch.setattr(hooks, "GRACE_SECONDS", 0.2)
     script = f"""
         trap '' TERM HUP
@@ -497,7 +533,10 @@ async def test_r1_a_hook_that_forks_without_end_is_ended(tmp_path, monkeypatch):
 
 @pytest.mark.fault("R1")
 async def test_r1_a_hook_that_kills_its_guard_has_an_outcome(tmp_path):
-    """The guard is no more than a process; the hook's group is ended without it."""
+    """A shell hook kills its parent, the guard, with SIGKILL and sleeps on beside a child.
+
+    The outcome says so, and hook and child are ended without the guard.
+    """
     script = f"echo $$ > pid0; sleep {FOREVER} & echo $! > pid1; kill -9 $PPID; sleep {FOREVER}"
     outcome = await run(shell(script), tmp_path)
     assert (outcome.ok, outcome.code, outcome.timed_out) == (False, None, False)
@@ -566,6 +605,10 @@ async def test_a_child_that_never_stops_writing_is_not_waited_for(tmp_path):
 
 @pytest.mark.fault("R1")
 async def test_r1_a_gigabyte_of_output_neither_stalls_nor_grows(tmp_path):
+    """A shell hook prints 1 GiB.
+
+    It ends well, our memory's peak stays below 4 MiB, and the last part of the output is kept.
+    """
     tracemalloc.start()
     try:
         outcome = await run(shell("echo first; head -c 1073741824 /dev/zero | tr '\\0' x; echo; echo last"), tmp_path)
@@ -624,7 +667,10 @@ async def test_each_hook_is_one_log_line_with_its_last_words(tmp_path):
 
 @pytest.mark.fault("R1 U5")
 async def test_r1_a_cancelled_hook_leaves_nothing(tmp_path):
-    """Deaf or not, with a child in a session of its own: all is over before the cancellation goes on."""
+    """The task of a running hook is cancelled; hook and child, in a session of its own, both ignore SIGTERM.
+
+    Both are gone before the cancellation goes on, within seconds.
+    """
     script = f"trap '' TERM; echo $$ > pid0; {FORKS['deaf daemon']}\nwhile :; do sleep 0.05; done"
     task = asyncio.create_task(run(shell(script), tmp_path))
     await until(lambda: len(pids_in(tmp_path)) == 2)
@@ -715,7 +761,10 @@ asyncio.run(run_hook(hook, values={}, environ={}, cwd=Path(sys.argv[2])))
 
 @pytest.mark.fault("R1")
 async def test_r1_a_hook_does_not_outlive_a_killed_daemon(tmp_path):
-    """So that the one that the next start runs is alone."""
+    """The process that runs a hook, with a child in a session of its own, is killed by SIGKILL.
+
+    Guard, hook and child end by themselves, so that the hook of the next start is alone.
+    """
     script = f"echo $$ > pid0; {FORKS['daemon']}\nsleep {FOREVER}"
     daemon = subprocess.Popen([sys.executable, "-c", DAEMON, script, str(tmp_path)])
     try:
@@ -813,6 +862,10 @@ def directory(tmp_path: Path) -> Iterator[int]:
     ],
 )
 def test_p8_a_line_is_one_change_whatever_the_name_holds(path, text):
+    """Names with newline, tab, quotes, escape sequences, line separators or a surrogate go into the list of changes.
+
+    Each makes one line, from which the name can be read back.
+    """
     line = changed_line("A", path)
     assert line == f"A\t{text}\n"
     assert json.loads(f'"{text}"') == path
@@ -865,7 +918,10 @@ def test_a_list_that_fails_leaves_the_one_before(tmp_path, directory):
 
 @pytest.mark.fault("X1")
 def test_a_full_disk_is_a_disk_problem(tmp_path, directory):
-    """Here the limit of a file's size; the hook's list of before stays."""
+    """A list of 100,000 changes is written for a hook under a file size limit of 4 KiB (RLIMIT_FSIZE).
+
+    It is a DiskProblem, the list of before stays, and no draft is left.
+    """
     write_changed_file(directory, "changes", [("A", "before")])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

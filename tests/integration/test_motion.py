@@ -180,7 +180,10 @@ POINTS = [
 async def test_a_newer_generation_during_an_apply_comes_after_it(
     site: Site, mode: str, point: str, passage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was begun is ended whole, then the newer one is applied: no hint of it is lost, no tree is a mixture."""
+    """A newer generation is committed while a subscriber stands at a named point of applying one; 14 points.
+
+    What was begun is ended whole, then the newer one is applied: no hint of it is lost, no tree is a mixture.
+    """
     monkeypatch.setattr(subscriber, "BATCH_PATHS", 10)
     monkeypatch.setattr(agenda, "MIN_QUIET_SECONDS", NEVER)
     meanwhile = Meanwhile(site, mode, monkeypatch)
@@ -200,7 +203,10 @@ async def test_a_newer_generation_during_an_apply_comes_after_it(
 @pytest.mark.parametrize("which", ["check", "apply", "health"])
 @pytest.mark.fault("R6")
 async def test_a_newer_generation_during_a_hook_waits_for_its_end(site: Site, mode: str, which: str) -> None:
-    """A slow hook has its own generation before it from beginning to end; the newer one's hook runs after it."""
+    """A newer generation is pushed while a real check, apply or health hook of the one before still waits.
+
+    That hook has its own generation before it to its end; the newer one's runs after it.
+    """
     log, go = site.tmp / "log", site.tmp / "go"
     where = '"$SYNCD_STAGED"' if which == "check" else '"$SYNCD_PATH"'
     script = f"""
@@ -314,7 +320,10 @@ class Storm:
 @pytest.mark.parametrize("layout", ["objects", "generations"])
 @pytest.mark.fault("O3")
 async def test_fifty_readers_of_a_storm_on_one_name(site: Site, layout: str) -> None:
-    """Mirrors and readers of the bucket: each version that they get is whole and no older than the one before."""
+    """One file is overwritten twelve times, its old content freed at once, under 46 bucket readers and 4 mirrors.
+
+    Each version that they get is whole and no older than the one before; all reach the last.
+    """
     storm = Storm(site, layout)
     async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as tasks:
         tasks.create_task(storm.write())
@@ -345,7 +354,10 @@ def checkout(source: Path, text: str, *, seconds: float = 0.0) -> None:
 @pytest.mark.parametrize("seconds", [0.0, 2.0], ids=["as fast as it goes", "two seconds"])
 @pytest.mark.fault("S4")
 async def test_a_checkout_is_a_few_generations(site: Site, seconds: float) -> None:
-    """Into an empty source, and over what is there: what belongs together is not cut into hundreds."""
+    """1,500 files are removed, made anew and written one by one under a running publisher, at once or in two seconds.
+
+    Into an empty source, and over what is there: five generations at most for each.
+    """
     async with running(site.publisher(rescan_seconds=NEVER).run()) as task:
         before = 0
         for text in ("", "one", "two"):
@@ -374,7 +386,10 @@ def silent(*_: object, stop_event: threading.Event, **__: object) -> Iterator[se
 async def test_without_events_the_timer_finds_what_changed(
     site: Site, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the source as in the mirror: new, changed and removed files, and drift."""
+    """watchfiles is replaced by one that never says anything; files are made, changed and removed.
+
+    At the source they are found by the timer, and drift in the mirror is repaired by it.
+    """
     monkeypatch.setattr(watchfiles, "watch", silent)
     monkeypatch.setattr(agenda, "MIN_QUIET_SECONDS", 0.1)
     (site.source / "f").write_text("one")
@@ -422,7 +437,10 @@ def overlay(tmp: Path) -> Iterator[tuple[Path, Path]]:
 async def test_on_a_filesystem_without_events_changes_are_published_by_the_timer(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel lets us watch it, and then tells nothing of what others write to it."""
+    """Files are written beneath an overlay mount that is the source, for which the kernel raises no event.
+
+    The publisher's timer finds them, and a pull brings them.
+    """
     monkeypatch.setattr(agenda, "MIN_QUIET_SECONDS", 0.1)
     with overlay(site.tmp) as (site.source, beneath):
         async with running(site.publisher(rescan_seconds=1.0).run()) as publisher:
@@ -440,7 +458,10 @@ async def test_on_a_filesystem_without_events_changes_are_published_by_the_timer
 async def test_polling_can_be_forced_where_events_do_not_come(
     tmp_path: Path, polls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """watchfiles' own variables do it; without them nothing is hinted there but that watching has begun."""
+    """A file is written beneath a watched overlay mount, for which the kernel raises no event.
+
+    With watchfiles' own variables for polling it is hinted; without them nothing is.
+    """
     if polls:
         monkeypatch.setenv("WATCHFILES_FORCE_POLLING", "true")
         monkeypatch.setenv("WATCHFILES_POLL_DELAY_MS", "50")

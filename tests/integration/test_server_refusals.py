@@ -69,7 +69,10 @@ def daemon(tmp_path: Path, url: str, more: str = "") -> Daemon:
 
 @pytest.mark.fault("N7")
 def test_a_server_that_is_too_old_is_named_with_its_version(tmp_path: Path, old_server: NatsServer) -> None:
-    """Every command and the daemon say which version is there and which is needed; the exit code is 69."""
+    """check, push, pull, ls and the daemon are run against Debian's nats-server 2.9.
+
+    Each says which version is there and which is needed; commands end with exit code 69.
+    """
     host = daemon(tmp_path, old_server.url)
     for command in (["check"], ["push", "app"], ["pull", "app", str(tmp_path / "out")], ["ls", "app"]):
         done = host.run(*command)
@@ -87,7 +90,10 @@ def test_a_server_that_is_too_old_is_named_with_its_version(tmp_path: Path, old_
 
 @pytest.mark.fault("N7")
 async def test_a_server_that_is_too_old_gets_no_message_of_ours(old_server: NatsServer) -> None:
-    """It would take a commit for three single messages: it is refused in every call, also under a running store."""
+    """A store that believes its server newer makes, writes, reads and removes in a bucket of Debian's nats-server 2.9.
+
+    Every call is refused with both versions, and the stream holds no message.
+    """
     config = {"name": "OBJ_B", "subjects": ["$O.B.C.>", "$O.B.M.>"], "allow_rollup_hdrs": True, "allow_direct": True}
     async with live_kit(old_server.url) as kit:
         await kit.api("STREAM.CREATE.OBJ_B", config)
@@ -136,7 +142,7 @@ def test_a_server_that_is_not_there_is_an_error_of_one_line(tmp_path: Path) -> N
 
 @pytest.mark.fault("K14")
 def test_a_wrong_password_is_refused_and_not_shown(tmp_path: Path) -> None:
-    """Exit code 77; the password is in no output."""
+    """`syncd ls` is run with another password than the server's. Exit code 77; the password is in no output."""
     server = NatsServer(tmp_path / "nats", 'authorization { user: "u", password: "right-one" }').start()
     try:
         host = daemon(tmp_path, server.url, 'user = "u"\npassword = "wrong-one"\n')

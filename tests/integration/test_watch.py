@@ -123,7 +123,10 @@ async def test_a_root_that_is_a_symlink_is_watched_where_it_points(tmp_path: Pat
 
 @pytest.mark.fault("W1")
 async def test_a_burst_of_30000_creations_ends_in_a_rescan(watched: Watched, root: Path) -> None:
-    """Nobody listens meanwhile: what is pending stays bounded, and the consumer knows it must look everywhere."""
+    """A thread creates 30,000 files in a watched directory while nobody takes hints.
+
+    What is pending stays bounded, a rescan is told, and later changes are hinted.
+    """
 
     def burst() -> None:
         for number in range(30_000):
@@ -146,7 +149,10 @@ async def test_a_burst_of_30000_creations_ends_in_a_rescan(watched: Watched, roo
 
 @pytest.mark.fault("W2")
 async def test_a_burst_of_nested_directories_is_hinted_near_the_top(watched: Watched, root: Path) -> None:
-    """Directories made faster than they are watched: at least the topmost one is hinted, or a rescan is."""
+    """200 directories, one inside the other, are made faster than they are watched, each with a file.
+
+    The topmost one is hinted, or a rescan is, and later changes are.
+    """
     deep = root
     for number in range(200):
         deep = deep / f"d{number}"
@@ -161,7 +167,10 @@ async def test_a_burst_of_nested_directories_is_hinted_near_the_top(watched: Wat
 
 @pytest.mark.fault("W3 W5 L10")
 async def test_a_root_that_is_removed_is_down_and_watched_again_when_it_is_back(watched: Watched, root: Path) -> None:
-    """Silence would be the worst: the loss is told, and its return with a rescan."""
+    """The watched root is removed with all in it, and made again later.
+
+    The loss is told, its return with a rescan, and new files in it are hinted.
+    """
     (root / "d").mkdir()
     await watched.told("d")
     shutil.rmtree(root)
@@ -176,7 +185,10 @@ async def test_a_root_that_is_removed_is_down_and_watched_again_when_it_is_back(
 
 @pytest.mark.fault("W3 L10")
 async def test_a_root_that_is_replaced_at_once_is_watched_anew(watched: Watched, root: Path) -> None:
-    """Renamed away and made again: inotify would follow the old one. Nothing need happen in it to notice."""
+    """The watched root is renamed away and made again at once; inotify would follow the old one.
+
+    A rescan is told without anything happening in it, and new files are hinted.
+    """
     rescans = watched.rescans
     root.rename(root.with_name("aside"))
     root.mkdir()
@@ -187,7 +199,10 @@ async def test_a_root_that_is_replaced_at_once_is_watched_anew(watched: Watched,
 
 @pytest.mark.fault("W3")
 async def test_a_directory_below_that_is_removed_and_made_again_is_watched(watched: Watched, root: Path) -> None:
-    """Written to a while later: the new one is watched, not the inode of the old one."""
+    """A directory below the watched root is made, written into and removed, twice.
+
+    Each step is hinted, also those in the second directory of that name.
+    """
     for _ in range(2):
         (root / "d").mkdir()
         await watched.told("d")
@@ -202,7 +217,10 @@ async def test_a_directory_below_that_is_removed_and_made_again_is_watched(watch
 
 @pytest.mark.fault("W5")
 async def test_a_root_that_is_missing_at_start_is_waited_for(tmp_path: Path) -> None:
-    """A file in its place does not count either."""
+    """A file stands in the root's place when watching starts, then nothing; later the directory is made.
+
+    The watcher says that it is down, and tells a rescan once the root is there.
+    """
     watched = Watched(tmp_path / "later")
     watched.root.touch()
     async with watched.watcher:
@@ -216,7 +234,10 @@ async def test_a_root_that_is_missing_at_start_is_waited_for(tmp_path: Path) -> 
 
 @pytest.mark.fault("P4")
 async def test_a_name_that_is_not_utf8_does_not_end_the_watching(watched: Watched, root: Path) -> None:
-    """It ends watchfiles' loop; that is begun again, and a rescan covers the time between."""
+    """A file is created whose name is not UTF-8, which ends watchfiles' loop.
+
+    That is begun again with a rescan, and the next file is hinted.
+    """
     (root / "bad\udcff").touch()
     await watched.until(lambda: watched.rescans >= 2)
     (root / "good").touch()
@@ -226,7 +247,10 @@ async def test_a_name_that_is_not_utf8_does_not_end_the_watching(watched: Watche
 
 @pytest.mark.fault("W4")
 async def test_where_watches_run_out_it_polls_and_says_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error as watchfiles raises it; afterwards changes are still hinted."""
+    """watchfiles is replaced by one that raises its error of too few watches unless it polls.
+
+    The watcher polls, names the kernel's setting, and hints a new file.
+    """
     real = watchfiles.watch
     limit = OSError("OS file watch limit reached. about [] (Error { kind: MaxFilesWatch, paths: [] })")
 
@@ -266,7 +290,10 @@ def run_program(root: Path, body: str, *prefix: str) -> str:
 
 @pytest.mark.fault("W4")
 def test_the_kernel_s_limit_of_watches_really_leads_to_polling(root: Path) -> None:
-    """In a user namespace of its own, with room for eight watches and thirty directories."""
+    """A user namespace is given eight inotify watches for thirty directories.
+
+    The watcher polls, and hints a file in the last of them.
+    """
     if shutil.which("unshare") is None:
         pytest.skip("needs unshare")
     for number in range(30):
@@ -284,7 +311,10 @@ def test_the_kernel_s_limit_of_watches_really_leads_to_polling(root: Path) -> No
 
 @pytest.mark.fault("S3")
 def test_a_directory_that_cannot_be_read_hides_no_other(tmp_path: Path, root: Path) -> None:
-    """Without privileges: every other directory's changes are hinted, on both sides of it and beside its parents."""
+    """One of thirty directories gets mode 0, and a process without privileges watches.
+
+    A file in each of the others is hinted, and the mode says that some are not watched.
+    """
     for above in [root, *root.parents]:
         with contextlib.suppress(OSError):
             above.chmod(above.stat().st_mode | 0o055)

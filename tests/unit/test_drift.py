@@ -90,7 +90,10 @@ def replace_by_link(path: Path) -> None:
 def test_a_drift_is_told_with_what_was_expected_and_what_was_found(
     make: Callable[..., Mirrored], spoil: Callable[[Path], None], found: dict[str, Any], text: str
 ) -> None:
-    """In the log by fields, in the problem as a sentence; names are safe in a terminal; nothing special is opened."""
+    """A mirror's file is rewritten, removed, or becomes a directory, a fifo or a symlink with an escape sequence.
+
+    Under each policy log and problem tell both sides, safe in a terminal; nothing special is opened.
+    """
     expected = {"kind": "file", "mode": "0640", "size": 4, "digest": DIGEST_A}
     for policy in ("repair", "report", "keep"):
         kept = make(policy=policy)
@@ -144,7 +147,10 @@ def test_what_is_held_is_told_once_and_let_go_when_it_is_mended(make: Callable[.
 @pytest.mark.fault("S3")
 @pytest.mark.parametrize("policy", ["repair", "report"])
 def test_a_directory_that_may_not_be_searched_hides_nothing_and_loses_nothing(policy: str) -> None:
-    """What is below is unknown, not gone: a problem each, no difference, under every policy."""
+    """A directory of the mirror gets mode 0, and a process without privileges checks for drift.
+
+    What is below is unknown, not gone: a problem each, and only the directory itself differs.
+    """
     with nobodys() as tmp:
         said = as_nobody(
             """
@@ -471,7 +477,10 @@ def test_a_file_that_is_written_to_while_it_is_audited_is_no_finding(
 def test_a_file_that_cannot_be_read_is_its_own_problem(
     make: Callable[..., Mirrored], monkeypatch: pytest.MonkeyPatch, number: int, code: str, repaired: bool
 ) -> None:
-    """What the disk lost is repaired; what is not for our eyes is nothing; a process out of descriptors tries again."""
+    """`os.preadv` is made to fail for one file in an audit: EIO, ESTALE, EACCES or EMFILE.
+
+    EIO is repaired, ESTALE is a problem of the path; the other two are nothing. Readable again, it is over.
+    """
     kept = make()
     real = os.preadv
     wrong = (kept.root / "d/b").stat().st_ino
@@ -584,7 +593,10 @@ def rows_of(kept: Mirrored) -> dict[str, Entry]:
 
 @pytest.mark.fault("C1")
 def test_what_a_commit_did_before_the_crash_is_ours_at_the_next_start(make: Callable[..., Mirrored]) -> None:
-    """Killed between the commit and the index: what is there and what is gone is taken in, and told to nobody."""
+    """A commit is done and all that would follow left out, as by a kill before the index is written; then a new start.
+
+    What is there and what is gone is taken in, and told to nobody.
+    """
     kept = make()
     cut_off(kept)
     kept.drift.settle()
@@ -599,7 +611,10 @@ def test_what_a_commit_did_before_the_crash_is_ours_at_the_next_start(make: Call
 
 @pytest.mark.fault("C1")
 def test_a_commit_that_never_came_to_be_leaves_the_index_as_it_was(make: Callable[..., Mirrored]) -> None:
-    """Killed after the note and before the commit: what was to go is still there, and still ours."""
+    """A note of what is to come is written and its commit left out, as by a kill between them; then a new start.
+
+    What was to go is still there, and still ours.
+    """
     kept = make()
     before = rows_of(kept)
     cut_off(kept, before=True)
@@ -611,7 +626,10 @@ def test_a_commit_that_never_came_to_be_leaves_the_index_as_it_was(make: Callabl
 
 @pytest.mark.fault("C1")
 def test_what_somebody_did_between_the_crash_and_the_start_is_drift(make: Callable[..., Mirrored]) -> None:
-    """Killed before the index, then removed, edited and replaced by others: that is not what the commit did."""
+    """A commit is done and not in the index, as by a kill; files of it are then removed, edited and replaced.
+
+    The next start takes in what the commit did, and what others did is drift.
+    """
     kept = make()
     cut_off(kept)
     before = rows_of(kept)
@@ -652,7 +670,10 @@ def test_nothing_is_read_where_another_kind_of_thing_was_put(
 
 @pytest.mark.fault("P6")
 def test_a_note_of_an_older_version_may_name_what_no_path_is(make: Callable[..., Mirrored]) -> None:
-    """Names that syncd does not use any more stand in it: a start passes over them, and takes in the rest."""
+    """`../x`, `.syncd/lock`, `a//b` and an empty name are put into the note of an unfinished commit.
+
+    The next start passes over them, and takes in the rest.
+    """
     kept = make()
     cut_off(kept)
     lines = json.loads(kept.index.note(drift_module.IN_FLIGHT))
@@ -692,7 +713,10 @@ def test_the_note_tells_of_what_is_not_remembered_yet_and_of_nothing_else(make: 
 
 @pytest.mark.fault("C1 S3")
 def test_a_directory_that_may_not_be_searched_does_not_keep_a_start_from_settling() -> None:
-    """Killed before the index, then closed to us: what is below is unknown, and everything else is taken in."""
+    """A commit is done and not in the index, as by a kill; then a directory of it gets mode 0, without privileges.
+
+    What is below is unknown, everything else is taken in, and later all of it fits.
+    """
     with nobodys() as tmp:
         said = as_nobody(
             """

@@ -125,7 +125,10 @@ def private(kept: Mirrored) -> list[str]:
 @pytest.mark.parametrize("arrange", [in_the_way, special, odd_names, private])
 @pytest.mark.fault("D3 D5 P4 P6")
 def test_what_is_not_certainly_strange_stays(kept: Mirrored, arrange: Callable[[Mirrored], list[str]]) -> None:
-    """And so does every directory above it; nothing is a problem."""
+    """Fifos, a socket, names that are no UTF-8, `.syncd`, and files where others are announced are put into a mirror.
+
+    They stay, and so does every directory above them; nothing is a problem.
+    """
     goes = arrange(kept)
     before = set(snapshot_names(kept.root))
     strangers = watcher(kept)
@@ -157,7 +160,10 @@ def snapshot_names(root: Path) -> Iterator[str]:
 def test_what_rules_cover_stays(
     kept: Mirrored, rules: dict[str, list[str]], ignore: str, stays: set[str] | None
 ) -> None:
-    """The mirror's own rules and a mirrored .syncdignore; what cannot be read whole might say anything."""
+    """Strange files are planted that a mirror's rules or a mirrored .syncdignore cover, also one too large to be read.
+
+    What is covered stays, and all of it where the file might say anything.
+    """
     everything = {"a.log", "b", "own", "own/b.log", "own/c", "own/deep", "own/deep/d", "d/own"}
     if ignore:
         kept.go(TREE | {".syncdignore": file(ignore)})
@@ -181,7 +187,10 @@ def test_what_the_caller_spares_stays(kept: Mirrored) -> None:
 
 @pytest.mark.fault("D5 L10")
 def test_another_filesystem_is_left_alone(kept: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mount point in the mirror holds nothing of ours; a root that is gone is an error, not an empty mirror."""
+    """A directory of the mirror is given another device number (walk replaced); later the root is renamed away.
+
+    What is mounted is left alone; a root that is gone is an error, not an empty mirror.
+    """
     write(kept.root / "mounted/x")
     write(kept.root / "near/x")
     strangers = watcher(kept)
@@ -202,7 +211,10 @@ def test_another_filesystem_is_left_alone(kept: Mirrored, monkeypatch: pytest.Mo
 
 @pytest.mark.fault("S3")
 def test_a_directory_that_cannot_be_listed_stays() -> None:
-    """What is in it is unknown."""
+    """Directories in a mirror get mode 0 or 0300, and a process without privileges removes what is strange.
+
+    They stay with what is around them, and only one that can be looked into goes.
+    """
     with nobodys() as tmp:
         said = as_nobody(
             """
@@ -235,7 +247,10 @@ def test_more_than_half_of_what_is_kept_is_held(extraneous: int, mirrored: int, 
 
 @pytest.mark.fault("D1 D5")
 def test_a_mirror_in_the_wrong_place_removes_nothing_unasked(kept: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it is counted, also what does not fit a page; a person's word lets it go, page by page."""
+    """Thirty strange files are planted in a mirror, more than fit one page.
+
+    All of them are counted and none removed; with a person's word they go, page by page.
+    """
     monkeypatch.setattr(extraneous_module, "MAX_STRANGERS", 7)
     for number in range(30):
         write(kept.root / f"home/{number % 4}/{number}")
@@ -286,7 +301,10 @@ def swapped(root: Path) -> None:
 def test_what_changed_since_it_was_seen_stays(
     kept: Mirrored, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[Path], None]
 ) -> None:
-    """A file that was written, a link in its place, a directory that is no longer empty or leads elsewhere."""
+    """Just before its removal, a strange file is written or becomes a symlink, or its directory is filled or swapped.
+
+    What came meanwhile stays, and nothing that a link leads to is touched.
+    """
     write(kept.root / "own/x")
     commit = kept.mirror.commit
 

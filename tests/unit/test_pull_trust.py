@@ -100,7 +100,10 @@ def text_of(directory: Path) -> str:
 @pytest.mark.fault("K1 K11")
 @pytest.mark.parametrize("name", ["{tmp}/host/mirror", "link", "mirror", "../up/./link/../mirror/", "{tmp}/up/link"])
 def test_a_mirror_is_checked_by_whatever_name_it_is_called(host: Host, name: str) -> None:
-    """Nothing unsigned gets into it; what was seen is remembered in one place, so that nothing old does either."""
+    """An unsigned generation is pulled from the command line into a mirror by its path, a relative one, or symlinks.
+
+    It is refused; a signed one is not, and what was seen is remembered in one place.
+    """
     host.configure((host.mirror, host.signer))
     named = name.format(tmp=host.tmp)
     host.publish("good", host.signer)
@@ -119,7 +122,10 @@ def test_a_mirror_is_checked_by_whatever_name_it_is_called(host: Host, name: str
 
 @pytest.mark.fault("K2 K11")
 def test_what_was_seen_by_one_name_is_known_by_the_other(host: Host) -> None:
-    """A head that is shown again after a newer one was followed."""
+    """A newer head was pulled by the mirror's path; the old one is written back and pulled by a symlink to it.
+
+    It is refused as a replay, and the mirror stays.
+    """
     host.configure((host.mirror, host.signer))
     host.publish("one", host.signer)
     bucket = host.store.bucket("app")
@@ -136,8 +142,10 @@ def test_what_was_seen_by_one_name_is_known_by_the_other(host: Host) -> None:
 
 @pytest.mark.fault("K1")
 def test_a_mirror_that_is_mounted_a_second_time_is_that_mirror(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There no link leads from one name to the other: the kernel knows. Mounts need rights; links that are not
-    followed do as well."""
+    """`os.path.realpath` follows no link (replaced), as with a second mount; the mirror is pulled by another name.
+
+    Unsigned content is refused, and there is one memory for both names.
+    """
 
     def unfollowed(path: Any, **_: Any) -> str:
         return str(Path(path).absolute())
@@ -155,7 +163,10 @@ def test_a_mirror_that_is_mounted_a_second_time_is_that_mirror(host: Host, monke
 
 @pytest.mark.fault("K1")
 def test_a_directory_that_is_no_mirror_is_checked_as_the_folders_mirrors_are(host: Host) -> None:
-    """Unsigned content does not get there, signed content does; two spellings of it are one."""
+    """An unsigned generation is pulled into a directory that is no configured mirror, also by its number.
+
+    It is refused, a signed one is not; two spellings of the directory are one.
+    """
     host.configure((host.mirror, host.signer), (host.tmp / "plain", None))
     host.publish("evil", None)
     code, out, err = host.pull("other")
@@ -172,7 +183,10 @@ def test_a_directory_that_is_no_mirror_is_checked_as_the_folders_mirrors_are(hos
 
 @pytest.mark.fault("K1")
 def test_mirrors_that_trust_different_keys_keep_their_own(host: Host) -> None:
-    """Of another directory a person has to say whose are meant."""
+    """Two mirrors of a folder trust different keys; content by one of them is pulled into both and a third directory.
+
+    Each is checked with its own key; for the third a person has to say which.
+    """
     second = host.tmp / "host" / "second"
     host.configure((host.mirror, host.signer), (second, host.other))
     host.publish("text", host.other)
@@ -189,7 +203,10 @@ def test_mirrors_that_trust_different_keys_keep_their_own(host: Host) -> None:
 
 @pytest.mark.fault("K1 K5")
 def test_a_mirror_of_one_folder_is_none_of_another(host: Host) -> None:
-    """Another folder is pulled into a mirror's directory: neither the mirror's folder nor its keys are meant."""
+    """Another folder, signed by another key, is pulled into a mirror's directory.
+
+    Only the key that the command names counts, and nothing is remembered of the mirror's folder.
+    """
     host.configure((host.mirror, host.signer))
     host.publish("of lib", host.other, folder="lib")
     code, _, err = host.pull("link", "--trust", host.signer.public, folder="lib")
@@ -201,7 +218,10 @@ def test_a_mirror_of_one_folder_is_none_of_another(host: Host) -> None:
 
 @pytest.mark.fault("K1 K8")
 def test_a_person_names_the_keys_where_no_configuration_does(host: Host) -> None:
-    """As many as are to sign; but a configured mirror's keys are not replaced in passing: its memory hangs on them."""
+    """`--trust` names two keys, both to sign, for content that one signed; then a cut key; then not the mirror's own.
+
+    Each is refused; with both signatures the first is not.
+    """
     host.configure()
     host.publish("text", host.signer)
     both = ("--trust", host.signer.public, "--trust", host.other.public, "--trust-threshold", "2")

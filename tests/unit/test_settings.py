@@ -182,6 +182,10 @@ def test_settings_are_frozen_and_equal_wherever_they_were_written(tmp_path):
 
 @pytest.mark.fault("U1")
 def test_all_problems_are_reported_at_once_each_with_its_line(tmp_path):
+    """A configuration with unknown keys, wrong types and values out of range is loaded, and wrong variables beside it.
+
+    It is refused with all twelve problems at once, each with its line or variable.
+    """
     found = problems(
         tmp_path,
         """\
@@ -239,7 +243,10 @@ def test_the_message_counts_the_problems(tmp_path):
     ],
 )
 def test_a_key_of_a_later_version_is_refused_by_name(tmp_path, publish, subscribe, words):
-    """Nobody shall believe that a signature is checked."""
+    """A configuration sets `rate_limit` or `daemon.http`, which this version does not have.
+
+    It is refused by the key's name: nobody shall believe that it works.
+    """
     (line,) = problems(tmp_path, BOTH.format(publish=publish, subscribe=subscribe))
     assert re.sub(r"^fleet\.toml:\d+: ", "", line) == f"{words} is not available in this version of syncd"
 
@@ -274,13 +281,20 @@ KEY = "UCJWGZSXLQ4UU7TBQSLFVPO6JE533M6SC4HLGZ5CO446WRR7WXBZICSG"
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, subscribe, words):
-    """Keys of trust, releases and hooks: one line says what to write."""
+    """A configuration has a threshold of 0, a key twice or none that is one, and senseless pins, modes, hooks, rates.
+
+    Each of the 14 is refused with a line that says what to write.
+    """
     found = problems(tmp_path, BOTH.format(publish="", subscribe=subscribe))
     assert any(words in line for line in found), found
 
 
 @pytest.mark.fault("K14")
 def test_no_message_holds_a_secret(tmp_path):
+    """A password stands in misspelt keys and variables, in wrong types, an address and beside a NUL; loading fails.
+
+    No message, no exception and no repr holds it.
+    """
     found = problems(
         tmp_path,
         """
@@ -308,6 +322,7 @@ def test_no_message_holds_a_secret(tmp_path):
 
 @pytest.mark.fault("P3")
 def test_names_in_messages_are_printable(tmp_path):
+    """A configuration has a key with a terminal's escape sequence in its name. The message shows it escaped."""
     assert problems(tmp_path, r'"a\u001b[2J" = 1') == [r"fleet.toml:1: a\x1b[2J: unknown key"]
 
 
@@ -617,7 +632,10 @@ def test_a_sound_configuration_has_no_findings(tmp_path):
     ],
 )
 def test_roots_that_overlap_are_refused(tmp_path, pairs, expected):
-    """Whatever their folders are: A to B to A would be a loop. Symlinks are followed."""
+    """A configuration has sources, mirrors and state directory in one another, also by symlink, or a folder twice.
+
+    Each is an error with its line: A to B to A would be a loop.
+    """
     (tmp_path / "link").symlink_to("x")
     assert expected in findings(tmp_path, roots(*pairs))
 
@@ -671,7 +689,10 @@ def test_a_pattern_that_does_not_parse_is_refused(tmp_path):
 @pytest.mark.fault("U1")
 @pytest.mark.parametrize("program", ["bin/reload", "./reload", "../reload", "{folder}/reload", "{generation}/x"])
 def test_a_hook_that_is_a_relative_path_is_refused(tmp_path, program):
-    """Which program that is would depend on the directory: it is an error, with its line, and forbids a start."""
+    """A configuration names a hook's program by a relative path, such as `./reload` or `{folder}/reload`.
+
+    It is an error with its line and forbids a start (78): which program that is would depend on the directory.
+    """
     text = roots(("subscribe", "a", "x")) + f'[subscribe.hooks]\napply = ["{program}", "x/y"]\n'
     [finding] = findings(tmp_path, text)
     assert finding.startswith(f"error: fleet.toml:8: subscribe.0.hooks.apply: {program} is a relative path")
@@ -719,6 +740,10 @@ def disk(directory: Path, text: str) -> list[str]:
 
 @pytest.mark.fault("W5")
 def test_a_missing_source_is_a_warning_because_it_may_appear(tmp_path):
+    """The directory that a configuration publishes does not exist when it is checked.
+
+    It is a warning with its line, not an error.
+    """
     assert disk(tmp_path, roots(("publish", "a", "src"))) == [
         "warning: fleet.toml:6: publish.0.path: src does not exist: it will be published when it appears"
     ]
@@ -799,7 +824,10 @@ def test_what_this_user_may_not_read_or_write_is_found(tmp_path):
 
 @pytest.mark.fault("U1")
 def test_a_seed_that_is_none_is_found(tmp_path):
-    """As the daemon would, at its start: empty, public, garbage, or nothing that ends."""
+    """The file of the signing seed is empty, holds a public key, or is a fifo.
+
+    The check says so with its line, as the daemon would at its start, and does not wait for the fifo.
+    """
     (tmp_path / "src").mkdir()
     (tmp_path / "good").write_text(generate()[0])
     (tmp_path / "empty").touch()
@@ -817,7 +845,10 @@ def test_a_seed_that_is_none_is_found(tmp_path):
 
 @pytest.mark.fault("K14")
 def test_a_secret_inside_a_source_is_refused(tmp_path):
-    """It would be distributed; one that is excluded is not."""
+    """Credentials and a signing seed, by a symlink, lie in the directory that is published.
+
+    Each is told as a secret that would be distributed; one that is excluded is not.
+    """
     (tmp_path / "src").mkdir()
     (tmp_path / "link").symlink_to("src")
     for name in ("seed", "creds", "kept.seed"):
@@ -954,7 +985,10 @@ def test_the_demo_keeps_everything_below_one_directory_and_uses_its_own_server()
     ],
 )
 def test_an_unknown_owner_is_refused_with_its_line(tmp_path, owner, words):
-    """An unknown user is an error at the door, never uid 0 later."""
+    """A configuration's owner is a user or group unknown here, an id too large, or none at all.
+
+    It is refused with its line, and never becomes uid 0 later.
+    """
     (line,) = problems(tmp_path, f'[[subscribe]]\nfolder = "app"\npath = "/m"\nowner = "{owner}"\n')
     assert words in line
     assert line.startswith("fleet.toml:4: subscribe.0.owner")
