@@ -318,7 +318,7 @@ class Bench:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("C1 C3 C4 C7 D2")
+@pytest.mark.fault("C1 C3 C4")
 @pytest.mark.layout("any")
 @pytest.mark.timeout(300 + 10 * SHARE)
 @pytest.mark.parametrize(("who", "where", "mode"), RUNS)
@@ -354,7 +354,7 @@ def test_the_matrix_of_kills(
 # -- daemons -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("C1 D2")
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize("point", ["journal_durable", "done", "batch_applied"])
 async def test_what_was_applied_and_not_remembered_is_still_known_as_ours(
     point: str, tmp_path: Path, daemons: Daemons, nats_server: NatsServer

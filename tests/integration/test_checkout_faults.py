@@ -94,7 +94,7 @@ def prepared(tmp_path: Path) -> Prepared:
     return Prepared(tmp_path)
 
 
-@pytest.mark.fault("C1")
+@pytest.mark.fault("C1 C3")
 @pytest.mark.parametrize("point", BEFORE_THE_FIRST_PAGE)
 def test_killed_before_the_first_page_the_mirror_is_as_it_was(prepared: Prepared, point: str) -> None:
     """A subscriber's process is killed (SIGKILL) at one of ten named points up to a torn journal.
@@ -108,7 +108,7 @@ def test_killed_before_the_first_page_the_mirror_is_as_it_was(prepared: Prepared
     assert litter(prepared.mirror) == []
 
 
-@pytest.mark.fault("C1")
+@pytest.mark.fault("C1 C3")
 @pytest.mark.parametrize("point", FROM_THE_FIRST_PAGE)
 def test_killed_while_it_is_applied_the_next_start_rolls_forward(prepared: Prepared, point: str) -> None:
     """A subscriber's process is killed (SIGKILL) at one of eight named points from the durable journal on.
@@ -121,7 +121,7 @@ def test_killed_while_it_is_applied_the_next_start_rolls_forward(prepared: Prepa
     assert litter(prepared.mirror) == []
 
 
-@pytest.mark.fault("C4")
+@pytest.mark.fault("C3")
 @pytest.mark.parametrize("point", ["generation_staged", "before_first_page", "between_pages", "generation_applied"])
 def test_killed_and_overtaken_the_newest_is_reached(prepared: Prepared, point: str) -> None:
     """A subscriber is killed (SIGKILL) once all is staged, between pages or when applied, and a newer generation comes.
@@ -134,7 +134,7 @@ def test_killed_and_overtaken_the_newest_is_reached(prepared: Prepared, point: s
     assert litter(prepared.mirror) == []
 
 
-@pytest.mark.fault("C4")
+@pytest.mark.fault("C3")
 def test_an_interrupted_download_goes_on_where_it_was(tmp_path: Path) -> None:
     """A subscriber is killed (SIGKILL) with small files staged and half of a large one made.
 
@@ -156,7 +156,7 @@ def test_an_interrupted_download_goes_on_where_it_was(tmp_path: Path) -> None:
     assert litter(prepared.mirror) == []
 
 
-@pytest.mark.fault("C4")
+@pytest.mark.fault("C3 O7")
 def test_staged_content_that_was_torn_is_fetched_again(prepared: Prepared) -> None:
     """A subscriber is killed (SIGKILL) when all is staged; three staged files are overwritten with zeros.
 
@@ -173,7 +173,7 @@ def test_staged_content_that_was_torn_is_fetched_again(prepared: Prepared) -> No
     assert found(prepared.mirror) == expected(NEW)
 
 
-@pytest.mark.fault("C4")
+@pytest.mark.fault("C3 O7")
 def test_a_half_made_large_file_that_was_torn_is_mended(prepared: Prepared) -> None:
     """A subscriber is killed (SIGKILL) in the middle of a large file, and two of its chunks become zeros on disk.
 

@@ -292,7 +292,7 @@ def test_every_sync_of_a_commit_is_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("C2 C3")
+@pytest.mark.fault("C2")
 def test_a_power_cut_during_recovery_is_recovered_from(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

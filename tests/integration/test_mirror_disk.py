@@ -220,9 +220,10 @@ def test_a_private_directory_on_another_filesystem_is_refused(tmp_path: Path) ->
     (root / ".syncd").mkdir(parents=True, mode=0o700)
     for name in (".syncd", ".syncd/stage"):
         with tmpfs(root / name) as mounted:
-            if mounted:
-                with pytest.raises(DiskProblem, match="another filesystem"):
-                    Mirror.open(root)
+            if not mounted:
+                pytest.skip("this process may not mount")
+            with pytest.raises(DiskProblem, match="another filesystem"):
+                Mirror.open(root)
     Mirror.open(root).close()
 
 

@@ -159,8 +159,6 @@ async def test_a_burst_of_nested_directories_is_hinted_near_the_top(watched: Wat
         deep.mkdir()
         (deep / "leaf").touch()
     await watched.told("d0")
-    rescans = watched.rescans
-    await watched.until(lambda: "d0" in watched.paths or watched.rescans > rescans)
     (root / "afterwards").touch()
     await watched.told("afterwards")
 
@@ -226,7 +224,6 @@ async def test_a_root_that_is_missing_at_start_is_waited_for(tmp_path: Path) -> 
     async with watched.watcher:
         await watched.until(lambda: watched.watcher.mode == "down")
         watched.root.unlink()
-        await watched.until(lambda: watched.watcher.mode == "down")
         assert watched.rescans == 0
         watched.root.mkdir()
         await watched.begun()

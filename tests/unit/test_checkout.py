@@ -611,7 +611,7 @@ async def test_a_channel_that_is_moved_back_is_followed(world: World) -> None:
     assert (json.loads(note)["number"], json.loads(note)["highest"]) == (1, 2)
 
 
-@pytest.mark.fault("N6")
+@pytest.mark.fault("K2")
 async def test_a_read_older_than_what_was_seen_is_ignored(world: World) -> None:
     """The head's message of generation 1 is put back into the bucket after 2 was pulled, as a late replica shows it.
 

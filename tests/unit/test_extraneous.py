@@ -245,7 +245,7 @@ def test_more_than_half_of_what_is_kept_is_held(extraneous: int, mirrored: int, 
     assert bool(extraneous_halt(extraneous, mirrored)) == held
 
 
-@pytest.mark.fault("D1 D5")
+@pytest.mark.fault("D5")
 def test_a_mirror_in_the_wrong_place_removes_nothing_unasked(kept: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty strange files are planted in a mirror, more than fit one page.
 

@@ -624,7 +624,7 @@ async def put(host: Host, name: str, data: bytes) -> None:
     assert result.error is None
 
 
-@pytest.mark.fault("K9", "K4")
+@pytest.mark.fault("K9")
 @pytest.mark.parametrize("version", [1, 2])
 async def test_k9_a_key_set_whose_content_is_gone_ends_the_chain_there(host: Host, version: int) -> None:
     """The bytes of the first or the second key set are removed from the bucket.
@@ -726,7 +726,7 @@ async def test_k9_key_sets_that_come_later_are_found_where_the_first_one_leads_n
     assert versions == [0, 2]
 
 
-@pytest.mark.fault("K9", "K4")
+@pytest.mark.fault("K9")
 @pytest.mark.parametrize("version", [1, 2])
 async def test_k9_a_key_set_whose_metadata_is_junk_ends_the_chain_there(host: Host, version: int) -> None:
     """The metadata of the first or the second key set is overwritten with junk in the bucket.

@@ -201,7 +201,7 @@ def test_mirrors_that_trust_different_keys_keep_their_own(host: Host) -> None:
     assert text_of(Path("third")) == "text"
 
 
-@pytest.mark.fault("K1 K5")
+@pytest.mark.fault("K1")
 def test_a_mirror_of_one_folder_is_none_of_another(host: Host) -> None:
     """Another folder, signed by another key, is pulled into a mirror's directory.
 

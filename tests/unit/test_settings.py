@@ -260,7 +260,7 @@ def test_a_key_of_a_later_version_is_refused_by_name_in_the_environment_too(tmp_
 KEY = "UCJWGZSXLQ4UU7TBQSLFVPO6JE533M6SC4HLGZ5CO446WRR7WXBZICSG"
 
 
-@pytest.mark.fault("K8")
+@pytest.mark.fault("K8 U1")
 @pytest.mark.parametrize(
     ("subscribe", "words"),
     [
