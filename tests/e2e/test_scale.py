@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from tests.support.daemon import Daemon
 
-FILES = int(os.environ.pop("SYNCD_TEST_FILES", "20000"))
-EQUAL = {"generations": 100_000, "objects": 20_000}
+FILES = int(os.environ.pop("SYNCD_TEST_FILES", "10000"))
+EQUAL = {"generations": 100_000, "objects": 10_000}
 PEAK_MB = 200
 """Of a first sync: some 130 MB whatever the tree, and another 25 for a directory of 100,000 (docs/performance.md)."""
 FILES_A_SECOND = 300
@@ -136,7 +136,7 @@ def both_ways(daemons: Daemons, source: Path, mirror: Path, files: int) -> tuple
 async def test_many_small_files_take_bounded_time_and_memory(
     disk: Path, daemons: Daemons, nats_server: NatsServer
 ) -> None:
-    """Push and pull 20,000 small files (by hand a million: ``SYNCD_TEST_FILES``); the second time nothing moves."""
+    """Push and pull 10,000 small files (by hand a million: ``SYNCD_TEST_FILES``); the second time nothing moves."""
     source, mirror = disk / "source", disk / "mirror"
     for number in range(FILES // 100):
         directory = source / f"{number // 100:03}/{number % 100:02}"
@@ -160,7 +160,7 @@ async def test_many_small_files_take_bounded_time_and_memory(
 async def test_a_hundred_thousand_equal_files_are_one_content(
     disk: Path, daemons: Daemons, nats_server: NatsServer, layout: str
 ) -> None:
-    """Push and pull 100,000 files of the same 4,000 bytes (as objects 20,000): sent once, stored once.
+    """Push and pull 100,000 files of the same 4,000 bytes (as objects 10,000): sent once, stored once.
 
     In the mirror each is a file of its own.
     """

@@ -103,7 +103,10 @@ class Daemon:
         """Role-folder -> status, as the daemon wrote it."""
         found = {}
         for file in (self.directory / "state" / "status").glob("[!.]*.json"):
-            data = json.loads(file.read_text())
+            try:
+                data = json.loads(file.read_text())
+            except FileNotFoundError:  # a folder that was taken out of the configuration meanwhile
+                continue
             if "role" in data:
                 found[f"{data['role']}-{data['folder']}"] = data
         return found
