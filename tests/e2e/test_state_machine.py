@@ -789,6 +789,8 @@ class Fleet(RuleBasedStateMachine):
             how = "delete"
         if host.drift == "keep" and how == "delete" and (host.job is not None or host.applied is None):
             return  # a file that is being replaced may come back: nobody can tell that it was there a moment ago
+        if how in {"edit", "replace"} and any(path not in end.tree for end in self.ends(host).values()):
+            return  # it came with an apply that was killed: after a change nobody can tell it from a stranger's
         host.soil(path)
         if how == "chmod":
             target.chmod(0o751)
