@@ -63,6 +63,7 @@ class Holdings:
         self._next_audit = 0.0
         self._earliest_audit = 0.0
         self._began = False
+        self._twice = True  # an audit that sees freed chunks cannot know whether they go: a second one can
         self._limited = False
         self.last_seq = 0
 
@@ -77,6 +78,7 @@ class Holdings:
         (nats-server 2.15: acknowledged messages survive, removals only once they are flushed).
         """
         self._next_audit = min(self._next_audit, self._earliest_audit)
+        self._twice = True
 
     async def catch_up(self, wish: Wish) -> None:
         """Read into the index what the bucket announces, making the bucket where there is none.
@@ -93,9 +95,10 @@ class Holdings:
             await self._thread.run(self._index.begin_listing)
             await self._read(0, after=position)
             await self._thread.run(self._index.drop_unlisted)
-            await self._audit()
+            leaving = await self._audit()
             now = self._clock()
-            self._next_audit = now + AUDIT_SECONDS
+            again, self._twice = leaving and self._twice, False
+            self._next_audit = now + (LEAVING_SECONDS if again else AUDIT_SECONDS)
             self._earliest_audit = now + max(MIN_AUDIT_SECONDS, AUDIT_FACTOR * (now - started))
         self._began = True
 
@@ -186,8 +189,12 @@ class Holdings:
             return None
         return state.max_bytes - min(RESERVE_BYTES, state.max_bytes // RESERVE_SHARE) - state.size
 
-    async def _audit(self) -> None:
-        """Find chunks that nothing announces (freed later), and announcements whose chunks are gone (put again)."""
+    async def _audit(self) -> bool:
+        """Find chunks that nothing announces (freed later), and announcements whose chunks are gone (put again).
+
+        :returns: whether chunks were seen that are freed: they are on their way, or a server that was killed has
+            brought them back.
+        """
         counts: dict[str, int] = {}
         async for page in self._bucket.list_chunks():
             counts.update(page)
@@ -195,11 +202,14 @@ class Holdings:
                 self._log.warning("audit_skipped", reason="too many objects", limit=MAX_AUDITED_NUIDS)
                 break
         else:
-            orphans, damaged = await self._thread.run(lambda: self._compare_chunks(counts))
+            orphans, damaged, leaving = await self._thread.run(lambda: self._compare_chunks(counts))
             if orphans or damaged:
                 self._log.info("bucket_audited", orphans=orphans, damaged=damaged)
+            return leaving
+        return False
 
-    def _compare_chunks(self, counts: dict[str, int]) -> tuple[int, int]:
+    def _compare_chunks(self, counts: dict[str, int]) -> tuple[int, int, bool]:
+        self._index.drop_left(self._clock(), LEAVING_SECONDS)
         ours = [nuid for nuid in counts if nuid.startswith(NUID_PREFIX)]
         known = self._index.nuids(ours) | self._index.garbage_nuids(ours)
         orphans = [nuid for nuid in ours if nuid not in known]
@@ -214,7 +224,7 @@ class Holdings:
                 self._index.add_garbage(nuid, self._clock(), None)
             # Forgetting the rows makes the next diff put the content again, under a nuid of its own.
             self._index.drop_remote([path for path, _ in damaged])
-        return len(orphans), len(damaged)
+        return len(orphans), len(damaged), bool(self._index.left_nuids(ours))
 
     async def free_garbage(self) -> None:
         """Free chunks whose grace time is over.

@@ -587,3 +587,7 @@ class Index(Database):
     def garbage_nuids(self, nuids: Iterable[str]) -> set[str]:
         """Return those of the argument that are noted as garbage."""
         return self.known("SELECT nuid FROM garbage WHERE nuid IN (%s)", nuids)
+
+    def left_nuids(self, nuids: Iterable[str]) -> set[str]:
+        """Return those of the argument that are freed and may still be seen."""
+        return self.known("SELECT nuid FROM garbage WHERE chunks < 0 AND nuid IN (%s)", nuids)
